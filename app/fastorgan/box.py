@@ -1,0 +1,84 @@
+"""Boxes in a volume, and the one rule that frames the organs for the organ net."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROI_SIZE = (96, 96, 96)
+"""Samples (z, y, x) of the whole CT that the ROI net sees."""
+
+CROP_SIZE = (96, 128, 192)
+"""Samples (z, y, x) of the box that the organ net sees."""
+
+MARGIN_MM = (20.0, 20.0, 20.0)
+"""Added on both sides of the organs (z, y, x); the paper's "expand some pixels"."""
+
+LEAST_MM = (180.0, 200.0, 300.0)
+"""A box grows to this extent (z, y, x) where the volume allows, so that the organ net meets organs at a like scale."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """A box in a volume, in edge coordinates: voxel i spans [i, i + 1), a whole axis is [0, n).
+
+    Attributes:
+        start, stop: first and last edge per axis (z, y, x), in voxels, may be fractional.
+    """
+
+    start: tuple[float, float, float]
+    stop: tuple[float, float, float]
+
+    @property
+    def size(self) -> tuple[float, float, float]:
+        """Extent per axis (z, y, x) in voxels."""
+        z, y, x = (b - a for a, b in zip(self.start, self.stop, strict=True))
+        return z, y, x
+
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> "Box":
+        """The box of a whole volume of `shape` (z, y, x)."""
+        z, y, x = shape
+        return cls((0.0, 0.0, 0.0), (float(z), float(y), float(x)))
+
+
+def extent_mm(
+    mask: NDArray[np.bool_], voxel: tuple[float, ...]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """First and last edge of a mask's foreground in mm from the array's corner, per axis.
+
+    Raises:
+        ValueError: if the mask is empty.
+    """
+    if not mask.any():
+        raise ValueError("an empty mask has no extent")
+    spans = [np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
+    start = np.array([s[0] for s in spans], float) * voxel
+    stop = np.array([s[-1] + 1 for s in spans], float) * voxel
+    return start, stop
+
+
+def frame(
+    start: NDArray[np.float64], stop: NDArray[np.float64], shape: tuple[int, ...], spacing: tuple[float, ...]
+) -> Box:
+    """Frame organs that span [start, stop): add `MARGIN_MM`, grow to `LEAST_MM`, clip to the volume.
+
+    Inference frames what the ROI net found; training frames labels, disturbed as the ROI net would.
+
+    Args:
+        start, stop: (3,) in mm from the volume's corner (z, y, x).
+        shape, spacing: the volume's voxels, and their size in mm (z, y, x).
+
+    Returns:
+        The box in voxels, inside the volume.
+    """
+    sizes = np.asarray(spacing, float)
+    extent = np.asarray(shape, float) * sizes
+    low, high = start - MARGIN_MM, stop + MARGIN_MM
+    grow = np.maximum(0.0, np.asarray(LEAST_MM) - (high - low)) / 2
+    low, high = low - grow, high + grow
+    # Growth that the volume's end cuts off goes to the other side instead.
+    shift = np.clip(np.maximum(0.0, -low) - np.maximum(0.0, high - extent), -grow, grow)
+    low, high = np.maximum(0.0, low + shift), np.minimum(extent, high + shift)
+    (z0, y0, x0), (z1, y1, x1) = low / sizes, high / sizes
+    return Box((float(z0), float(y0), float(x0)), (float(z1), float(y1), float(x1)))

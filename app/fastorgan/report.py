@@ -1,0 +1,291 @@
+"""The run report: what was done to each case, how long it took and what it needed; `docs/report.md` has every key."""
+
+import json
+import math
+import os
+import platform
+import secrets
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastorgan import __version__
+from fastorgan.errors import FastorganError
+from fastorgan.labels import ORGANS
+from fastorgan.monitor import MemoryPeak
+
+SCHEMA_VERSION = 1
+"""Rises when a key is renamed, removed or changes its meaning; new keys leave it as it is."""
+
+NOTICE = "fastorgan is not a medical device: not for diagnosis or treatment."
+
+
+@dataclass(frozen=True)
+class OrganMeasure:
+    """One organ's size in a label map.
+
+    Attributes:
+        volume_ml: voxels times their volume, in ml; 0.0 for an organ that was not found.
+        touches_border: whether a voxel of it lies on one of the volume's six faces. The scan may then have cut the
+            organ off, and the volume be only a part of it.
+    """
+
+    volume_ml: float
+    touches_border: bool
+
+
+def measure(labels: NDArray[np.uint8], spacing: tuple[float, float, float]) -> dict[str, OrganMeasure]:
+    """Measure every organ of `ORGANS` in a label map, in the order of their codes.
+
+    Args:
+        labels: codes, three-dimensional, in any axis order and memory layout; other values are passed over.
+        spacing: voxel size in mm along the three axes of `labels`.
+
+    Returns:
+        The measure by organ name; an organ without a voxel has 0.0 ml and touches no border.
+
+    Raises:
+        ValueError: `labels` is not three-dimensional, or a spacing is not a positive number.
+    """
+    if labels.ndim != 3:
+        raise ValueError(f"labels must be three-dimensional, but their shape is {labels.shape}")
+    if len(spacing) != 3 or not all(math.isfinite(step) and step > 0 for step in spacing):
+        raise ValueError(f"spacing must be three positive numbers of mm, but is {spacing}")
+    voxels = dict.fromkeys((organ.code for organ in ORGANS), 0)
+    # Slab by slab along the slowest axis, since a slab's comparison stays in the cache. One np.bincount of the whole
+    # would first copy the volume to eight bytes a voxel, and takes five times as long even by slabs.
+    for slab in np.moveaxis(labels, int(np.argmax(np.abs(labels.strides))), 0):
+        for code in voxels:
+            voxels[code] += int(np.count_nonzero(slab == code))
+    on_border = np.zeros(256, dtype=bool)
+    if labels.size:
+        for axis in range(3):
+            on_border[labels.take([0, -1], axis=axis)] = True
+    voxel_ml = math.prod(spacing) / 1000.0
+    return {organ.name: OrganMeasure(voxels[organ.code] * voxel_ml, bool(on_border[organ.code])) for organ in ORGANS}
+
+
+class Status(StrEnum):
+    """How a case ended."""
+
+    DONE = "done"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True)
+class RoiBox:
+    """The box that the organ network saw, in voxels along the axes of the input file's array.
+
+    Attributes:
+        start: first voxel on each axis.
+        stop: one past the last voxel on each axis.
+    """
+
+    start: tuple[int, int, int]
+    stop: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class CaseRecord:
+    """What was done to one case. All axes are those of the input file's array.
+
+    Attributes:
+        input: the input file's name.
+        status: how it ended.
+        output: the output file's name; None where nothing was written.
+        error: one line, for a failed or skipped case why.
+        warnings: one line each.
+        device: name of the processor or card that ran the networks; None where none ran.
+        shape: voxels per axis; None if the file could not be read.
+        spacing: voxel size in mm per axis; None if the file could not be read.
+        roi: the box that the organ network saw; None where it did not run.
+        organs: the measures by organ name; None where there is no label map.
+        seconds: wall seconds by stage, in the order of the stages.
+        total_seconds: wall seconds of the whole case; None if it was not timed.
+        memory: peaks while the case was worked on.
+    """
+
+    input: str
+    status: Status
+    output: str | None = None
+    error: str | None = None
+    warnings: Sequence[str] = ()
+    device: str | None = None
+    shape: tuple[int, int, int] | None = None
+    spacing: tuple[float, float, float] | None = None
+    roi: RoiBox | None = None
+    organs: Mapping[str, OrganMeasure] | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    total_seconds: float | None = None
+    memory: MemoryPeak = field(default_factory=MemoryPeak)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the record as JSON has it, its keys always all there and in the same order."""
+        return {
+            "input": self.input,
+            "output": self.output,
+            "status": self.status.value,
+            "error": self.error,
+            "warnings": list(self.warnings),
+            "shape": _plain(self.shape),
+            "spacing_mm": None if self.spacing is None else [_rounded(step, 6) for step in self.spacing],
+            "roi": None if self.roi is None else {"start": _plain(self.roi.start), "stop": _plain(self.roi.stop)},
+            "organs": None
+            if self.organs is None
+            else {
+                name: {"volume_ml": _rounded(organ.volume_ml, 2), "touches_border": organ.touches_border}
+                for name, organ in self.organs.items()
+            },
+            "seconds": {stage: _rounded(seconds, 4) for stage, seconds in self.seconds.items()},
+            "total_seconds": _rounded(self.total_seconds, 4),
+            "device": self.device,
+            "memory": _memory(self.memory),
+        }
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What ran the networks.
+
+    Attributes:
+        name: the engine, such as "openvino" or "torch".
+        version: the engine's own version.
+        device: as asked for: "cpu" or "cuda:N".
+        device_name: name of the processor or card; None if unknown.
+        precision: arithmetic of the networks, such as "f32" or "bf16".
+        threads: CPU threads of the engine; None if it chose them itself.
+    """
+
+    name: str
+    version: str
+    device: str
+    device_name: str | None
+    precision: str
+    threads: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the engine as JSON has it."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "device": self.device,
+            "device_name": self.device_name,
+            "precision": self.precision,
+            "threads": _plain(self.threads),
+        }
+
+
+@dataclass
+class RunReport:
+    """One run of the command and all its cases.
+
+    Attributes:
+        engine: what ran the networks.
+        weights: SHA-256 in hexadecimal digits by name of the weights file.
+        options: the command's options by name; values that JSON does not know are written as text.
+        started: when the run began, with its time zone.
+        cases: one record per case, in the order of the work.
+        total_seconds: wall seconds of the run; None while it goes on, and so in the report of a run that was killed.
+        memory: peaks of the run.
+        gpu_at_start_mib: memory in use on the card before the run used it; None if not read.
+    """
+
+    engine: Engine
+    weights: Mapping[str, str]
+    options: Mapping[str, object]
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    cases: list[CaseRecord] = field(default_factory=list)
+    total_seconds: float | None = None
+    memory: MemoryPeak = field(default_factory=MemoryPeak)
+    gpu_at_start_mib: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON has it, its keys always all there and in the same order.
+
+        Raises:
+            ValueError: `started` has no time zone.
+        """
+        if self.started.tzinfo is None:
+            raise ValueError("started must have a time zone")
+        statuses = [case.status for case in self.cases]
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "notice": NOTICE,
+            "fastorgan": __version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "engine": self.engine.to_dict(),
+            "weights_sha256": dict(self.weights),
+            "options": _plain(self.options),
+            "started": self.started.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+            "total_seconds": _rounded(self.total_seconds, 4),
+            "memory": _memory(self.memory) | {"gpu_at_start_mib": _rounded(self.gpu_at_start_mib, 1)},
+            "counts": {status.value: statuses.count(status) for status in Status},
+            "cases": [case.to_dict() for case in self.cases],
+        }
+
+    def write(self, path: Path) -> None:
+        """Write the report to `path` as JSON, whole or not at all; a report that is there is replaced.
+
+        The text goes to a file beside `path` first, which then takes its name. So a reader never meets half a report,
+        and the report may be written anew after each case.
+
+        Raises:
+            FastorganError: the file cannot be written there, or `path` names something that is no regular file.
+        """
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        if path.exists() and not path.is_file():
+            # To replace /dev/null, or a folder, would do more harm than to refuse it.
+            raise FastorganError(f"{path}: not a regular file; name a file for the report")
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        try:
+            # Mode "x" obeys the umask; the files of `tempfile` could be read by their owner alone.
+            with temporary.open("x", encoding="ascii") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except OSError as error:
+            raise FastorganError(f"{path}: cannot write the report ({error.strerror or error})") from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+
+def _memory(peak: MemoryPeak) -> dict[str, Any]:
+    return {
+        "gpu_peak_mib": _rounded(peak.device_mib, 1),
+        "gpu_process_peak_mib": _rounded(peak.process_mib, 1),
+        "gpu_note": peak.gpu_note,
+        "rss_peak_mib": _rounded(peak.rss_mib, 1),
+    }
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    # JSON has no NaN and no infinity; float() also takes NumPy's scalars off.
+    if value is None or not math.isfinite(value):
+        return None
+    return round(float(value), digits)
+
+
+def _plain(value: object) -> Any:
+    """Return `value` in JSON's own types: NumPy's scalars become numbers, NaN None, and what JSON lacks its text."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value)

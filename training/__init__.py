@@ -1,0 +1,1 @@
+"""Reproduces the weights: prepare a cache, fit the two networks, export them."""

@@ -1,0 +1,104 @@
+"""`python -m training`: prepare a cache, fit a network, export the weights."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fastorgan.errors import FastorganError
+
+from .recipes import PRESETS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        code: int = options.run(options)
+    except FastorganError as error:
+        print(f"training: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    prepare = commands.add_parser(
+        "prepare",
+        help="make the compact training cache",
+        epilog="example: python -m training prepare --data DATA --out runs/cache",
+    )
+    prepare.add_argument("--data", type=Path, required=True, help="folder with images/ and labels/, or FLARE21's own")
+    prepare.add_argument("--out", type=Path, required=True, help="cache folder to write")
+    prepare.set_defaults(run=_prepare)
+
+    fit = commands.add_parser(
+        "fit",
+        help="train a network from the cache",
+        epilog="example: python -m training fit organs --data runs/cache --out runs/organs --minutes 90; "
+        "the same command again resumes an unfinished run",
+    )
+    fit.add_argument("network", choices=("roi", "organs"))
+    fit.add_argument("--data", type=Path, required=True, help="cache folder")
+    fit.add_argument("--out", type=Path, required=True, help="folder of this run's checkpoint and log")
+    fit.add_argument("--preset", choices=sorted(PRESETS), default="light")
+    fit.add_argument("--variant", choices=("slim", "paper"), default="slim", help="of the ROI net")
+    fit.add_argument("--size", type=int, nargs=3, metavar=("Z", "Y", "X"), help="samples of the crop (multiples of 8)")
+    fit.add_argument("--rate", type=float, help="initial learning rate, instead of the preset's")
+    fit.add_argument("--steps", type=int, help="length of the whole run")
+    fit.add_argument("--minutes", type=float, help="length of the whole run, over all its slices")
+    fit.add_argument("--slice", type=float, metavar="MINUTES", help="stop after so long, to be resumed")
+    fit.add_argument("--fold", type=int, nargs=2, metavar=("K", "N"), help="leave out every N-th patient from the K-th")
+    fit.add_argument("--init", type=Path, help="checkpoint to take the weights from")
+    fit.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    fit.add_argument("--threads", type=int, help="CPU threads")
+    fit.add_argument("--seed", type=int, default=0)
+    fit.set_defaults(run=_fit)
+    return parser
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from .cache import prepare
+    from .cases import find_cases
+
+    cases = find_cases(options.data)
+    for number, case in enumerate(prepare(cases, options.out), 1):
+        print(f"[{number}/{len(cases)}] {case.name} (patient {case.patient})", flush=True)
+    return 0
+
+
+def _fit(options: argparse.Namespace) -> int:
+    import torch
+
+    from .fit import Plan, Run
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    changes = {"size": tuple(options.size) if options.size else None, "rate": options.rate}
+    recipe = dataclasses.replace(PRESETS[options.preset], **{k: v for k, v in changes.items() if v is not None})
+    plan = Plan(
+        options.network,
+        options.data,
+        options.out,
+        recipe,
+        variant=options.variant,
+        steps=options.steps,
+        minutes=options.minutes,
+        slice_minutes=options.slice,
+        fold=tuple(options.fold) if options.fold else None,
+        init=options.init,
+        device=options.device,
+        seed=options.seed,
+    )
+    Run(plan).fit()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""The training cache: each volume upright, windowed to eight bits, near the networks' resolution.
+
+Two files a case: NAME.organs.npz, the surroundings of the organs at 1.5 mm and finer slices untouched; and
+NAME.roi.npz, the whole volume at 3 mm. `fit` reads nothing else and needs only numpy and torch.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastorgan.box import Box, extent_mm, frame
+from fastorgan.intensity import to_levels
+from fastorgan.labels import CLASSES, IGNORE
+from fastorgan.resample import resize
+
+from .cases import Case, DataError
+
+FINEST_MM = (2.5, 1.5, 1.5)
+"""Volumes finer than this (z, y, x) are averaged to it for the organ net."""
+
+ROI_MM = (3.0, 3.0, 3.0)
+
+SURROUND_MM = 60.0
+"""Kept around the organs' box, for shifted, turned and grown boxes."""
+
+
+@dataclass(frozen=True)
+class CachedVolume:
+    """One cached array pair and where it lies in its scan.
+
+    Attributes:
+        name, patient: of the case.
+        image: uint8 levels of the HU window, (z, y, x).
+        labels: uint8, the same shape: organ codes with `IGNORE`, or for the ROI net the foreground's share, 0 to 255.
+        spacing: mm (z, y, x).
+        origin_mm: the array's first corner in mm from the scan's corner.
+        scan_mm: the scan's extent in mm.
+        organs_mm: (2, 3) first and last edge of the organs in mm from the scan's corner.
+    """
+
+    name: str
+    patient: str
+    image: NDArray[np.uint8]
+    labels: NDArray[np.uint8]
+    spacing: NDArray[np.float64]
+    origin_mm: NDArray[np.float64]
+    scan_mm: NDArray[np.float64]
+    organs_mm: NDArray[np.float64]
+
+    def save(self, path: Path) -> None:
+        """Write one compressed npz file."""
+        np.savez_compressed(path, **self.__dict__)
+
+    @classmethod
+    def load(cls, path: Path) -> "CachedVolume":
+        """Read what `save` wrote."""
+        with np.load(path) as stored:
+            values = {key: stored[key] for key in stored.files}
+        return cls(**{**values, "name": str(values["name"]), "patient": str(values["patient"])})
+
+
+def prepare(cases: list[Case], out: Path) -> Iterator[Case]:
+    """Write the cache files of each case to `out`; yields a case when it is done."""
+    out.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        organs, roi = cache_case(case)
+        organs.save(out / f"{case.name}.organs.npz")
+        roi.save(out / f"{case.name}.roi.npz")
+        yield case
+
+
+def load_cache(folder: Path, kind: str) -> list[CachedVolume]:
+    """Read all volumes of `kind` ("organs" or "roi") in the order of their names.
+
+    Raises:
+        DataError: if there are none.
+    """
+    volumes = [CachedVolume.load(path) for path in sorted(folder.glob(f"*.{kind}.npz"))]
+    if not volumes:
+        raise DataError(f"{folder}: no *.{kind}.npz files; run `python -m training prepare` first")
+    return volumes
+
+
+def cache_case(case: Case) -> tuple[CachedVolume, CachedVolume]:
+    """Read a case and make its two cached volumes, for the organ net and for the ROI net.
+
+    Raises:
+        VolumeError: if a file cannot be read.
+        DataError: if image and labels do not fit each other or hold no organ.
+    """
+    # Reading needs nibabel, which a bare training machine need not have.
+    from fastorgan.volume import load_image, read_volume
+
+    image, marked = load_image(case.image), load_image(case.labels)
+    if image.shape != marked.shape or not np.allclose(image.affine, marked.affine, atol=1e-2):
+        raise DataError(f"{case.image} and {case.labels}: shape or affine differ")
+    volume, mask = read_volume(image, str(case.image)), read_volume(marked, str(case.labels))
+    if volume.grid.upright is not None:
+        raise DataError(f"{case.image}: oblique; resample it and its labels along the patient's axes first")
+    labels = np.rint(mask.array * mask.slope + mask.intercept).astype(np.uint8)
+    known = (labels < CLASSES) | (labels == IGNORE)
+    if not known.all():
+        raise DataError(f"{case.labels}: holds labels other than 0 to {CLASSES - 1} and {IGNORE}")
+    foreground = (labels > 0) & (labels != IGNORE)
+    if not foreground.any():
+        raise DataError(f"{case.labels}: holds no organ")
+    spacing = np.asarray(volume.spacing)
+    scan_mm = np.asarray(volume.shape) * spacing
+    organs_mm = np.stack(extent_mm(foreground, volume.spacing))
+
+    whole = Box.whole(volume.shape)
+    coarse = _sizes(scan_mm, np.maximum(spacing, ROI_MM))
+    shares = np.where(labels == IGNORE, 0, foreground).astype(np.float32)
+    roi = CachedVolume(
+        case.name,
+        case.patient,
+        to_levels(resize(volume.array, whole, coarse, volume.unit)),
+        np.rint(resize(shares, whole, coarse, np.asarray) * 255).astype(np.uint8),
+        scan_mm / coarse,
+        np.zeros(3),
+        scan_mm,
+        organs_mm,
+    )
+
+    box = frame(organs_mm[0], organs_mm[1], volume.shape, volume.spacing)
+    first = np.floor(np.maximum(0, box.start - SURROUND_MM / spacing)).astype(int)
+    last = np.ceil(np.minimum(volume.shape, box.stop + SURROUND_MM / spacing)).astype(int)
+    near = tuple(slice(a, b) for a, b in zip(first, last, strict=True))
+    values, codes = volume.array[near], labels[near]
+    near_mm = np.asarray(values.shape) * spacing
+    fine = _sizes(near_mm, np.maximum(spacing, FINEST_MM))
+    within = Box.whole(values.shape)
+    organs = CachedVolume(
+        case.name,
+        case.patient,
+        to_levels(resize(values, within, fine, volume.unit)),
+        _resize_labels(codes, fine),
+        near_mm / fine,
+        first * spacing,
+        scan_mm,
+        organs_mm,
+    )
+    return organs, roi
+
+
+def _sizes(extent: NDArray[np.float64], spacing: NDArray[np.float64]) -> tuple[int, int, int]:
+    z, y, x = (max(1, round(float(n))) for n in extent / spacing)
+    return z, y, x
+
+
+def _resize_labels(codes: NDArray[np.uint8], size: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Resample codes by the largest share; voxels that are mostly unknown stay `IGNORE`."""
+    if codes.shape == size:
+        return np.ascontiguousarray(codes)
+    best = np.zeros(size, np.float32)
+    result = np.zeros(size, np.uint8)
+    whole = Box.whole(codes.shape)
+    for code in np.unique(codes):
+        share = resize((codes == code).astype(np.float32), whole, size, np.asarray)
+        better = share > best
+        result[better] = code
+        best[better] = share[better]
+    return result
+
+

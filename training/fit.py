@@ -1,0 +1,294 @@
+"""The training loop: one network, batch 1, on a CPU (bf16 autocast) or one GPU, stopped and resumed at will."""
+
+import csv
+import dataclasses
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastorgan.labels import ORGANS
+from fastorgan.networks import DenseVNet, RoiUNet, SlimRoiUNet
+
+from .cache import load_cache
+from .cases import DataError, split_fold
+from .losses import cross_entropy, dice, focal, foreground_loss
+from .progress import Progress
+from .recipes import Recipe, sized
+from .sampling import OrganSampler, RoiSampler, Scan
+
+CHECKPOINT = "checkpoint.pt"
+LOG = "log.csv"
+SAVE_EVERY_S = 120.0
+VALIDATE_PARTS = 12
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train, on what, and for how long.
+
+    Attributes:
+        network: "organs" or "roi".
+        data: the cache folder.
+        out: where checkpoint and log go; an unfinished run there is resumed.
+        recipe: how.
+        variant: of the ROI net, "slim" or "paper".
+        steps, minutes: the run's whole length; progress is whichever share is larger. The recipe's own if both None.
+        slice_minutes: stop this process after so long, to be resumed later on the same schedule.
+        fold: (k, n) leaves out every n-th patient, from the k-th, and validates on them; None trains on all.
+        init: checkpoint whose exported weights to start from.
+        device: torch's name of it.
+        seed: of initialisation, order and augmentation.
+    """
+
+    network: str
+    data: Path
+    out: Path
+    recipe: Recipe
+    variant: str = "slim"
+    steps: int | None = None
+    minutes: float | None = None
+    slice_minutes: float | None = None
+    fold: tuple[int, int] | None = None
+    init: Path | None = None
+    device: str = "cpu"
+    seed: int = 0
+
+
+def build(network: str, variant: str, drop: float) -> nn.Module:
+    """The torch module that a plan trains."""
+    if network == "organs":
+        return DenseVNet(drop=drop)
+    return RoiUNet() if variant == "paper" else SlimRoiUNet()
+
+
+class Average:
+    """Exponential moving average of a network's parameters and running statistics (Polyak)."""
+
+    def __init__(self, network: nn.Module, decay: float):
+        self.decay = decay
+        self.state = {k: v.detach().clone() for k, v in network.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Move towards the network's weights; the first steps count more, so that the start is forgotten."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for key, value in network.state_dict().items():
+            if value.is_floating_point():
+                self.state[key].lerp_(value, 1.0 - decay)
+            else:
+                self.state[key].copy_(value)
+
+
+class Run:
+    """One training run; `fit()` goes on until its length, or the slice, is used up."""
+
+    def __init__(self, plan: Plan):
+        self.plan = plan
+        self.device = torch.device(plan.device)
+        torch.manual_seed(plan.seed)
+        self.random = np.random.default_rng(plan.seed)
+        volumes = load_cache(plan.data, plan.network)
+        left_out = split_fold([v.patient for v in volumes], *plan.fold) if plan.fold else set()
+        train = [v for v in volumes if v.patient not in left_out]
+        if not train:
+            raise DataError(f"{plan.data}: every patient is left out; nothing to train on")
+        self.train = [Scan.to_device(v, self.device) for v in train]
+        self.held_out = [Scan.to_device(v, self.device) for v in volumes if v.patient in left_out]
+        self.network = build(plan.network, plan.variant, plan.recipe.drop).to(self.device)
+        # Channels last is the faster layout for both the CPU's and the GPU's convolutions.
+        self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        if plan.init is not None:
+            self.network.load_state_dict(torch.load(plan.init, map_location=self.device, weights_only=True)["export"])
+        self.optimiser = self._optimiser()
+        self.average = Average(self.network, plan.recipe.average)
+        self.size = sized(plan.recipe.size, plan.network)
+        self.sampler = self._sampler()
+        self.step = 0
+        self.seconds = 0.0
+        self.order: list[int] = []
+        self.steps, self.minutes = self._length()
+        plan.out.mkdir(parents=True, exist_ok=True)
+        if (plan.out / CHECKPOINT).is_file():
+            self._resume()
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, 0 to 1."""
+        shares = [0.0]
+        if self.steps is not None:
+            shares.append(self.step / self.steps)
+        if self.minutes is not None:
+            shares.append(self.seconds / 60 / self.minutes)
+        return min(1.0, max(shares))
+
+    def fit(self) -> None:
+        """Train to the end of the run or of the slice; leaves a checkpoint and a line per 50 steps in the log."""
+        plan = self.plan
+        begun = last = saved = time.monotonic()
+        sums: dict[str, float] = {}
+        count = 0
+        validated = int(self.progress * VALIDATE_PARTS)
+        with Progress(f"{plan.network}", self.steps, self.step) as bar:
+            while self.progress < 1.0:
+                terms = self._train_step()
+                now = time.monotonic()
+                self.seconds += now - last
+                last = now
+                self.step += 1
+                count += 1
+                for key, value in terms.items():
+                    sums[key] = sums.get(key, 0.0) + value
+                bar.advance(self.progress, sums.get("loss", 0.0) / count)
+                if count == 50 or self.progress >= 1.0:
+                    self._log({key: value / count for key, value in sums.items()})
+                    sums, count = {}, 0
+                part = int(self.progress * VALIDATE_PARTS)
+                if part > validated and self.held_out:
+                    validated = part
+                    self._log(self.validate())
+                    last = time.monotonic()
+                if now - saved > SAVE_EVERY_S:
+                    self._save()
+                    saved = now
+                if plan.slice_minutes is not None and (now - begun) / 60 >= plan.slice_minutes:
+                    break
+        self._save()
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Dice of the averaged weights on the patients left out, in the labels' own box at the training size."""
+        network = build(self.plan.network, self.plan.variant, 0.0).to(self.device)
+        network.load_state_dict(self.exported())
+        network.eval().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        scores: dict[str, list[float]] = {}
+        if self.plan.network == "roi":
+            exact = RoiSampler(None, self.random)
+            for scan in self.held_out:
+                image, share = exact.draw(scan)
+                found, true = network(image) > 0, share > 0.5
+                scores.setdefault("dice_foreground", []).append(_dice(found, true))
+        else:
+            boxed = OrganSampler(self.size, None, self.random)
+            for scan in self.held_out:
+                image, codes = boxed.draw(scan)
+                found = network(image).argmax(1)
+                for organ in ORGANS:
+                    true = codes == organ.code
+                    if bool(true.any()):
+                        scores.setdefault(f"dice_{organ.name}", []).append(_dice(found == organ.code, true))
+        return {key: float(np.mean(values)) for key, values in scores.items()}
+
+    def exported(self) -> dict[str, Tensor]:
+        """The weights that leave the run: averaged where the recipe says so."""
+        return self.average.state if self.plan.recipe.average > 0 else self.network.state_dict()
+
+    def _train_step(self) -> dict[str, float]:
+        recipe = self.plan.recipe
+        if not self.order:
+            self.order = self.random.permutation(len(self.train)).tolist()
+        scan = self.train[self.order.pop()]
+        image, target = self.sampler.draw(scan)
+        self.network.train()
+        if self.progress >= recipe.freeze_norm:
+            for module in self.network.modules():
+                if isinstance(module, nn.BatchNorm3d):
+                    module.eval()
+        rate = recipe.rate * (1.0 - self.progress) ** 0.9 * min(1.0, (self.step + 1) / max(1, recipe.warm_up))
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        image = image.contiguous(memory_format=torch.channels_last_3d)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            logits = self.network(image)
+        if self.plan.network == "roi":
+            terms = {"loss": foreground_loss(logits, target)}
+        elif recipe.loss == "focal":
+            terms = {"loss": focal(logits, target)}
+        else:
+            terms = {"entropy": cross_entropy(logits, target), "dice_loss": dice(logits, target)}
+            terms["loss"] = terms["entropy"] + terms["dice_loss"]
+        self.optimiser.zero_grad(set_to_none=True)
+        terms["loss"].backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
+        self.optimiser.step()
+        self.average.update(self.network, self.step)
+        return {"rate": rate} | {key: float(value.detach()) for key, value in terms.items()}
+
+    def _optimiser(self) -> torch.optim.Optimizer:
+        recipe = self.plan.recipe
+        if recipe.optimiser == "sgd":
+            return torch.optim.SGD(
+                self.network.parameters(), recipe.rate, momentum=0.99, nesterov=True, weight_decay=recipe.weight_decay
+            )
+        return torch.optim.AdamW(self.network.parameters(), recipe.rate, weight_decay=recipe.weight_decay)
+
+    def _sampler(self) -> Any:
+        recipe = self.plan.recipe
+        if self.plan.network == "roi":
+            return RoiSampler(recipe.augmentation, self.random)
+        if recipe.augment == "batchgenerators":
+            from .paper_sampling import PaperSampler
+
+            return PaperSampler(self.size, self.random)
+        return OrganSampler(self.size, recipe.augmentation, self.random)
+
+    def _length(self) -> tuple[int | None, float | None]:
+        if self.plan.steps is not None or self.plan.minutes is not None:
+            return self.plan.steps, self.plan.minutes
+        if self.plan.recipe.epochs is not None:
+            return self.plan.recipe.epochs * len(self.train), None
+        return self.plan.recipe.steps, None
+
+    def _save(self) -> None:
+        state = {
+            "export": self.exported(),
+            "network": self.network.state_dict(),
+            "average": self.average.state,
+            "optimiser": self.optimiser.state_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "order": self.order,
+            "random": self.random.bit_generator.state,
+            "torch_random": torch.get_rng_state(),
+            "recipe": {**dataclasses.asdict(self.plan.recipe)},
+            "variant": self.plan.variant,
+            "kind": self.plan.network,
+        }
+        partial = self.plan.out / f"{CHECKPOINT}.partial"
+        torch.save(state, partial)
+        os.replace(partial, self.plan.out / CHECKPOINT)
+
+    def _resume(self) -> None:
+        state = torch.load(self.plan.out / CHECKPOINT, map_location=self.device, weights_only=True)
+        if state["kind"] != self.plan.network or state["variant"] != self.plan.variant:
+            raise DataError(f"{self.plan.out}: holds a run of another network; choose another --out")
+        self.network.load_state_dict(state["network"])
+        self.average.state = state["average"]
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.step, self.seconds, self.order = state["step"], state["seconds"], state["order"]
+        self.random.bit_generator.state = state["random"]
+        torch.set_rng_state(state["torch_random"].cpu())
+
+    def _log(self, values: dict[str, float]) -> None:
+        columns = ["step", "minutes", "rate", "loss", "entropy", "dice_loss", "dice_foreground"]
+        columns += [f"dice_{organ.name}" for organ in ORGANS]
+        path = self.plan.out / LOG
+        new = not path.exists()
+        with path.open("a", newline="") as stream:
+            writer = csv.DictWriter(stream, columns, restval="")
+            if new:
+                writer.writeheader()
+            numbers = {key: f"{value:.6g}" for key, value in values.items()}
+            writer.writerow({"step": self.step, "minutes": f"{self.seconds / 60:.2f}"} | numbers)
+
+
+def _dice(a: Tensor, b: Tensor) -> float:
+    total = int(a.sum()) + int(b.sum())
+    return 2 * int((a & b).sum()) / total if total else 1.0
+
+

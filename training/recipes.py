@@ -1,0 +1,53 @@
+"""How each network is trained: the paper's preset and the one that ships."""
+
+from dataclasses import dataclass, field
+
+from fastorgan.box import CROP_SIZE, ROI_SIZE
+
+from .sampling import Augmentation
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a training run besides its data, length and seed.
+
+    Attributes:
+        optimiser: "sgd" (momentum 0.99 with Nesterov, as nnU-Net and the paper's framework) or "adamw".
+        rate: initial learning rate, reduced by (1 - progress) ** 0.9 (poly decay).
+        loss: "focal" or "entropy+dice".
+        drop: dropout rate.
+        size: samples (z, y, x) that the network trains at.
+        augment: "torch" (on the training device, `sampling`), or "batchgenerators" (the paper's three kinds).
+        warm_up: steps over which the rate rises from zero.
+        average: decay of the exponential moving average of the weights that is exported; 0 exports the last weights.
+        freeze_norm: progress from which batch norm uses its running statistics, as inference does; 1 never.
+        steps: default length; the paper has 600 epochs of one step per case.
+        augmentation: strengths for augment="torch".
+    """
+
+    optimiser: str
+    rate: float
+    loss: str
+    drop: float
+    size: tuple[int, int, int]
+    augment: str
+    warm_up: int
+    average: float
+    freeze_norm: float
+    steps: int | None = None
+    epochs: int | None = None
+    weight_decay: float = 1e-4
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+PRESETS = {
+    # He & Luo, table 3: SGD 0.01, poly decay 0.9, focal loss, 600 epochs, batch 1, rotation, scaling and noise.
+    "paper": Recipe("sgd", 0.01, "focal", 0.5, CROP_SIZE, "batchgenerators", 0, 0.0, 1.0, epochs=600),
+    "light": Recipe("adamw", 2e-3, "entropy+dice", 0.0, CROP_SIZE, "torch", 100, 0.998, 0.8, steps=12000),
+}
+"""By name; `light` is what ships. The ROI net takes its size from `ROI_SIZE` under either."""
+
+
+def sized(recipe_size: tuple[int, int, int], network: str) -> tuple[int, int, int]:
+    """The size that `network` ("organs" or "roi") trains at under a recipe."""
+    return ROI_SIZE if network == "roi" else recipe_size

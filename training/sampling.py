@@ -1,0 +1,276 @@
+"""Draw training samples in torch, on whatever device trains: a disturbed box, turned, stretched, bent and recoloured.
+
+The box comes from the rule that inference uses (`fastorgan.box.frame`), applied to the labels' extent with the
+errors that a ROI net makes, in a scan that may be cut shorter than it is.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastorgan.box import ROI_SIZE, frame
+from fastorgan.intensity import LEVELS, WINDOW_HU, to_network
+from fastorgan.labels import CLASSES, IGNORE
+from fastorgan.resample import axis_weights
+
+from .cache import CachedVolume
+
+HU_SPAN = WINDOW_HU[1] - WINDOW_HU[0]
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How strongly samples are disturbed; standard deviations unless said otherwise.
+
+    Attributes:
+        face_mm: error of each face of the organs' extent before it is framed.
+        cut: chance that the scan is cut short at one or both ends (z); a fifth of it at the sides (x).
+        turn_degrees: rotation about z; half of it about the other axes.
+        stretch: relative scale error per axis.
+        bend_mm: displacement of a smooth random field, at points about 60 mm apart.
+        gamma: of the window's values, log scale.
+        shift_hu, contrast: of the whole volume.
+        organ_hu: of each organ by itself.
+        noise_hu: upper limit of white noise.
+        blur: chance of a blur, in plane or along z (thick slices).
+    """
+
+    face_mm: float = 7.0
+    cut: float = 0.35
+    turn_degrees: float = 8.0
+    stretch: float = 0.08
+    bend_mm: float = 5.0
+    gamma: float = 0.12
+    shift_hu: float = 15.0
+    contrast: float = 0.10
+    organ_hu: float = 15.0
+    noise_hu: float = 30.0
+    blur: float = 0.3
+
+
+@dataclass
+class Scan:
+    """A cached volume on the training device; `image` and `labels` are uint8 (z, y, x)."""
+
+    source: CachedVolume
+    image: Tensor
+    labels: Tensor
+
+    @classmethod
+    def to_device(cls, source: CachedVolume, device: torch.device) -> "Scan":
+        """Put a cached volume on `device`."""
+        return cls(source, torch.from_numpy(source.image).to(device), torch.from_numpy(source.labels).to(device))
+
+
+class OrganSampler:
+    """Samples for the organ net: image (1, 1, *size) in the network's range, labels (1, *size) int64.
+
+    Voxels outside the cached surroundings are `IGNORE`. Without an augmentation the sample is the labels' own box.
+    """
+
+    def __init__(self, size: tuple[int, int, int], augmentation: Augmentation | None, generator: np.random.Generator):
+        self.size = size
+        self.augmentation = augmentation
+        self.random = generator
+
+    def draw(self, scan: Scan) -> tuple[Tensor, Tensor]:
+        """One sample of `scan`."""
+        low, high = self._box(scan.source)
+        grid = self._grid(scan, low, high)
+        image = scan.image[None, None].float()
+        unit = nn_sample(image, grid, "bilinear", "border") / LEVELS
+        # One is added so that the zeros outside the array can be told from background.
+        codes = nn_sample(scan.labels[None, None].float() + 1.0, grid, "nearest", "zeros")[:, 0].round().long() - 1
+        codes = torch.where(codes < 0, IGNORE, codes)
+        if self.augmentation is not None:
+            organs = torch.where(codes < CLASSES, codes, 0)
+            unit = recolour(unit, self.augmentation, self.random, organs)
+        return to_network(unit), codes
+
+    def _box(self, source: CachedVolume) -> tuple[np.ndarray, np.ndarray]:
+        """First and last edge of the sample in mm from the scan's corner."""
+        start, stop = source.organs_mm
+        floor, roof = np.zeros(3), source.scan_mm.copy()
+        if self.augmentation is not None:
+            floor, roof = self._cut(source)
+            start = np.clip(start, floor, roof - 10) + self.random.normal(0, self.augmentation.face_mm, 3)
+            stop = np.clip(stop, floor + 10, roof) + self.random.normal(0, self.augmentation.face_mm, 3)
+            start, stop = np.minimum(start, stop - 20), np.maximum(stop, start + 20)
+        box = frame(start - floor, stop - floor, tuple(roof - floor), (1.0, 1.0, 1.0))
+        return np.asarray(box.start) + floor, np.asarray(box.stop) + floor
+
+    def _cut(self, source: CachedVolume) -> tuple[np.ndarray, np.ndarray]:
+        """Ends of a scan that shows only part of the organs, in mm (z, y, x)."""
+        assert self.augmentation is not None
+        floor, roof = np.zeros(3), source.scan_mm.copy()
+        start, stop = source.organs_mm
+        for axis, chance, least in ((0, self.augmentation.cut, 0.3), (2, self.augmentation.cut / 5, 0.6)):
+            length = stop[axis] - start[axis]
+            if self.random.random() < chance:
+                gone = self.random.uniform(0, 1 - least) * length
+                share = self.random.choice([0.0, 1.0, self.random.random()], p=[0.4, 0.4, 0.2])
+                if share > 0:
+                    floor[axis] = start[axis] + gone * share
+                if share < 1:
+                    roof[axis] = stop[axis] - gone * (1 - share)
+        return floor, roof
+
+    def _grid(self, scan: Scan, low: np.ndarray, high: np.ndarray) -> Tensor:
+        """Where in the cached array each voxel of the sample lies, in torch's [-1, 1] (x, y, z)."""
+        device = scan.image.device
+        half = (high - low) / 2
+        matrix = np.diag(half)
+        if self.augmentation is not None:
+            scale = np.exp(self.random.normal(0, self.augmentation.stretch, 3))
+            turns = self.random.normal(0, 1, 3) * np.radians(self.augmentation.turn_degrees) * (1.0, 0.5, 0.5)
+            matrix = rotation(turns) @ np.diag(half * scale)
+        axes = [(torch.arange(n, device=device) + 0.5) * 2 / n - 1 for n in self.size]
+        points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+        points = points @ torch.as_tensor(matrix.T, dtype=torch.float32, device=device)
+        if self.augmentation is not None and self.augmentation.bend_mm > 0:
+            knots = [max(2, round(float(2 * h) / 60)) + 3 for h in half]
+            field = torch.from_numpy(self.random.normal(0, self.augmentation.bend_mm, (1, 3, *knots)).astype(np.float32))
+            field = smooth_enlarge(field.to(device), self.size)
+            points = points + field[0].permute(1, 2, 3, 0)
+        centre = (low + high) / 2 - scan.source.origin_mm
+        cached_mm = scan.source.spacing * scan.source.image.shape
+        shift = torch.as_tensor(centre * 2 / cached_mm - 1, dtype=torch.float32, device=device)
+        factor = torch.as_tensor(2 / cached_mm, dtype=torch.float32, device=device)
+        return (points * factor + shift).flip(-1)[None]
+
+
+class RoiSampler:
+    """Samples for the ROI net: a field of view (1, 1, 96, 96, 96) and the foreground's share in it, the same shape.
+
+    Augmentation takes random fields of view of the scan, whole or part, some without any organ.
+    """
+
+    def __init__(self, augmentation: Augmentation | None, generator: np.random.Generator, empty: float = 0.06):
+        self.augmentation = augmentation
+        self.random = generator
+        self.empty = empty
+
+    def draw(self, scan: Scan) -> tuple[Tensor, Tensor]:
+        """One sample of `scan`."""
+        low, high = np.zeros(3), np.asarray(scan.image.shape, float)
+        if self.augmentation is not None:
+            low, high = self._view(scan.source)
+        both = torch.stack((scan.image.float() / LEVELS, scan.labels.float() / 255.0))
+        for axis in range(3):
+            weights = torch.from_numpy(axis_weights(scan.image.shape[axis], low[axis], high[axis], ROI_SIZE[axis]))
+            both = torch.movedim(torch.movedim(both, axis + 1, -1) @ weights.to(both.device).T, -1, axis + 1)
+        unit, share = both[None, :1], both[None, 1:]
+        if self.augmentation is not None:
+            if self.random.random() < 0.6:
+                unit, share = self._turn(unit, share, (high - low) * scan.source.spacing)
+            unit = recolour(unit, self.augmentation, self.random, (share[:, 0] > 0.5).long())
+        return to_network(unit), share
+
+    def _view(self, source: CachedVolume) -> tuple[np.ndarray, np.ndarray]:
+        """First and last edge of a random field of view, in voxels of the cached array."""
+        shape = np.asarray(source.image.shape, float)
+        start, stop = source.organs_mm / source.spacing
+        low, high = np.zeros(3), shape.copy()
+        above, below = shape[0] - stop[0], start[0]
+        draw = self.random.random()
+        if draw < self.empty and max(above, below) * source.spacing[0] > 150:
+            # A view of chest, head or legs alone.
+            if above >= below:
+                low[0] = stop[0] + 2
+                high[0] = self.random.uniform(low[0] + 100 / source.spacing[0], shape[0])
+            else:
+                high[0] = start[0] - 2
+                low[0] = self.random.uniform(0, high[0] - 100 / source.spacing[0])
+        elif draw < 0.7:
+            seen = self.random.uniform(0.25, 1.0) if self.random.random() < 0.5 else 1.0
+            length = stop[0] - start[0]
+            first = start[0] + self.random.uniform(0, 1 - seen) * length
+            low[0] = self.random.uniform(0, first) if seen == 1.0 or self.random.random() < 0.5 else first
+            last = first + seen * length
+            high[0] = self.random.uniform(last, shape[0]) if seen == 1.0 or low[0] == first else last
+            high[0] = max(high[0], low[0] + 8)
+        if self.random.random() < 0.3:
+            for axis in (1, 2):
+                room = 0.12 * shape[axis]
+                low[axis], high[axis] = self.random.uniform(0, room), shape[axis] - self.random.uniform(0, room)
+        return low, high
+
+    def _turn(self, unit: Tensor, share: Tensor, extent: np.ndarray) -> tuple[Tensor, Tensor]:
+        assert self.augmentation is not None
+        turns = self.random.normal(0, 1, 3) * np.radians(self.augmentation.turn_degrees) * (1.0, 0.7, 0.7)
+        scale = np.exp(self.random.normal(0, self.augmentation.stretch, 3))
+        # The rotation is rigid in mm, not in the squeezed cube.
+        matrix = np.diag(1 / extent) @ rotation(turns) @ np.diag(extent * scale)
+        device = unit.device
+        axes = [(torch.arange(n, device=device) + 0.5) * 2 / n - 1 for n in ROI_SIZE]
+        points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+        points = points @ torch.as_tensor(matrix.T, dtype=torch.float32, device=device)
+        both = torch.cat((unit, share), dim=1)
+        both = nn_sample(both, points.flip(-1)[None], "bilinear", "border")
+        return both[:, :1], both[:, 1:]
+
+
+def recolour(unit: Tensor, how: Augmentation, random: np.random.Generator, organs: Tensor) -> Tensor:
+    """Change a sample's grey values as scanners, phases and kernels do.
+
+    Args:
+        unit: (1, 1, D, H, W) in [0, 1].
+        how: the strengths.
+        random: the source of chance.
+        organs: (1, D, H, W) codes; each is shifted by itself.
+    """
+    offsets = np.zeros(CLASSES, np.float32)
+    if random.random() < 0.5:
+        offsets[1:] = random.normal(0, how.organ_hu / HU_SPAN, CLASSES - 1)
+    unit = unit + torch.from_numpy(offsets).to(unit.device)[organs][:, None]
+    if random.random() < how.blur:
+        unit = _blur(unit, random)
+    if random.random() < 0.5:
+        level = random.uniform(0, how.noise_hu) / HU_SPAN
+        noise = torch.randn(unit.shape, device=unit.device)
+        if random.random() < 0.5:
+            # Reconstruction makes noise coarser than a voxel.
+            noise = torch.nn.functional.avg_pool3d(noise, 3, 1, 1) * 3.0
+        unit = unit + noise * level
+    factor = math.exp(random.normal(0, how.contrast))
+    shift = random.normal(0, how.shift_hu) / HU_SPAN
+    middle = 0.5
+    unit = ((unit - middle) * factor + middle + shift).clamp(0, 1)
+    if random.random() < 0.5:
+        unit = unit ** math.exp(random.normal(0, how.gamma))
+    return unit
+
+
+def _blur(unit: Tensor, random: np.random.Generator) -> Tensor:
+    """Average neighbours along z (thick slices) or in plane (smooth kernel), mixed with the original."""
+    kernel, padding = ((3, 1, 1), (1, 0, 0)) if random.random() < 0.5 else ((1, 3, 3), (0, 1, 1))
+    smooth = torch.nn.functional.avg_pool3d(unit, kernel, 1, padding, count_include_pad=False)
+    return torch.lerp(unit, smooth, float(random.uniform(0.3, 1.0)))
+
+
+def rotation(turns: np.ndarray) -> np.ndarray:
+    """Matrix of rotations by `turns` radians about z, y and x, for vectors (z, y, x)."""
+    about_z, about_y, about_x = (float(t) for t in turns)
+    result = np.eye(3)
+    for angle, (a, b) in ((about_z, (1, 2)), (about_y, (0, 2)), (about_x, (0, 1))):
+        step = np.eye(3)
+        step[a, a] = step[b, b] = math.cos(angle)
+        step[a, b], step[b, a] = -math.sin(angle), math.sin(angle)
+        result = step @ result
+    return result
+
+
+def smooth_enlarge(field: Tensor, size: tuple[int, int, int]) -> Tensor:
+    """Enlarge a coarse (1, C, d, h, w) field to `size` smoothly, leaving out its outermost knots."""
+    middle = tuple(max(2, n // 8) for n in size)
+    field = torch.nn.functional.interpolate(field, size=middle, mode="trilinear", align_corners=True)
+    field = torch.nn.functional.avg_pool3d(field, 3, 1, 1, count_include_pad=False)
+    return torch.nn.functional.interpolate(field, size=size, mode="trilinear", align_corners=True)
+
+
+def nn_sample(array: Tensor, grid: Tensor, mode: str, padding: str) -> Tensor:
+    """`grid_sample` with voxel edges at -1 and 1."""
+    return torch.nn.functional.grid_sample(array, grid, mode=mode, padding_mode=padding, align_corners=False)
