@@ -60,6 +60,17 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--threads", type=int, help="CPU threads")
     fit.add_argument("--seed", type=int, default=0)
     fit.set_defaults(run=_fit)
+
+    export = commands.add_parser(
+        "export",
+        help="write released weights from a run's checkpoint",
+        epilog="example: python -m training export organs --run runs/organs --version 0.1.0",
+    )
+    export.add_argument("network", choices=("roi", "organs"))
+    export.add_argument("--run", type=Path, required=True, dest="folder", help="folder of the run")
+    export.add_argument("--out", type=Path, default=Path("weights"), help="folder of released weights")
+    export.add_argument("--version", required=True, help="of the weights, for the manifest")
+    export.set_defaults(run=_export)
     return parser
 
 
@@ -97,6 +108,15 @@ def _fit(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     Run(plan).fit()
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from .export import export
+    from .fit import CHECKPOINT
+
+    difference = export(options.network, options.folder / CHECKPOINT, options.out, options.version)
+    print(f"{options.out}: {options.network} exported; engines differ by at most {difference:.2e} of the logits' SD")
     return 0
 
 

@@ -8,6 +8,7 @@ import os
 import tempfile
 import zlib
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from .box import Box
 from .errors import VolumeError
 from .intensity import to_unit
 
@@ -77,6 +79,20 @@ class FileGrid:
     def empty_labels(self) -> NDArray[np.uint8]:
         """Zeros of the file's shape, laid out as NIfTI stores them (first axis fastest)."""
         return np.zeros(self.shape, np.uint8, order="F")
+
+    def box_in_file(self, box: Box) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """First and one past the last voxel, on the file's own axes, of the smallest box that holds `box`."""
+        corners = np.array([[z, y, x, 1.0] for z, y, x in product(*zip(box.start, box.stop, strict=True))])
+        # Edge coordinates count from voxel edges, affines from centres.
+        corners[:, :3] -= 0.5
+        if self.upright is not None:
+            corners = corners @ np.linalg.inv(self.upright).T
+        corners = corners[:, [2, 1, 0, 3]] @ nib.orientations.inv_ornt_aff(self.orientation, self.shape).T
+        edges = corners[:, :3] + 0.5
+        low = np.clip(np.floor(edges.min(axis=0) + 1e-6), 0, self.shape).astype(int)
+        high = np.clip(np.ceil(edges.max(axis=0) - 1e-6), 0, self.shape).astype(int)
+        (i0, j0, k0), (i1, j1, k1) = low.tolist(), high.tolist()
+        return (i0, j0, k0), (i1, j1, k1)
 
     def reorient(self, array: NDArray[Any]) -> NDArray[Any]:
         """View an array in the file's axes as (z, y, x); writing to the view writes to the array."""
@@ -173,9 +189,11 @@ def save_image(image: nib.Nifti1Image, path: Path) -> None:
     """Write an image so that `path` is either absent, as it was, or whole.
 
     Raises:
-        VolumeError: if the folder cannot be written to or the disk is full.
+        VolumeError: if the name does not end in .nii.gz or .nii, the folder cannot be written to, or the disk is full.
     """
-    suffix = next(s for s in SUFFIXES if path.name.endswith(s))
+    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
+    if suffix is None:
+        raise VolumeError(f"{path}: the name of a label file must end in {' or '.join(SUFFIXES)}")
     partial = None
     try:
         handle, partial = tempfile.mkstemp(prefix=".fastorgan-", suffix=suffix, dir=path.parent)
@@ -252,7 +270,7 @@ def _set_upright(
     from scipy import ndimage
 
     last = np.asarray(array.shape, float) - 1.0
-    corners = np.array([[a, b, c, 1.0] for a in (0, last[0]) for b in (0, last[1]) for c in (0, last[2])])
+    corners = np.array([[z, y, x, 1.0] for z, y, x in product(*((0.0, end) for end in last))])
     reach = (corners @ turned.T)[:, :3]
     low, high = reach.min(axis=0), reach.max(axis=0)
     size = tuple(int(n) for n in np.ceil((high - low) / spacing - 1e-6).astype(int) + 1)

@@ -1,0 +1,120 @@
+"""The command `fastorgan`, also `python -m fastorgan`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import __version__
+from .errors import FastorganError
+
+EXIT_CODES = """\
+exit codes:
+  0    every case is done
+  2    bad input or usage: each failed case has one line on standard error, the others are done
+  130  interrupted"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    options = _parser().parse_args(argv)
+    try:
+        code: int = options.run(options)
+    except FastorganError as error:
+        print(f"fastorgan: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("fastorgan: interrupted", file=sys.stderr)
+        return 130
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fastorgan",
+        description="Find liver, kidneys, spleen and pancreas in abdominal CT. Not a medical device.",
+        epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastorgan {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_predict(commands)
+    _add_phantom(commands)
+    return parser
+
+
+def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    predict = commands.add_parser(
+        "predict",
+        help="segment CT volumes",
+        description="Segment CT volumes (NIfTI, HU). X_0000.nii.gz, X.nii.gz and X.nii become X.nii.gz with the labels\n"
+        "1 liver, 2 kidney, 3 spleen, 4 pancreas on the input's own grid.",
+        epilog="examples:\n  fastorgan predict inputs/ outputs/ --report run.json\n"
+        f"  fastorgan predict ct.nii.gz labels.nii.gz --device cpu\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    predict.add_argument("inputs", metavar="INPUT", nargs="+", type=Path, help="files, or folders of files")
+    predict.add_argument("output", metavar="OUTPUT", type=Path, help="folder; for a single file also a label file")
+    predict.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    predict.add_argument("--engine", default="auto", help="auto, openvino or torch (default: auto)")
+    predict.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
+    predict.add_argument("--weights", metavar="DIR", type=Path, help="other weights than the released ones")
+    predict.add_argument("--report", metavar="FILE", type=Path, help="write a run report (JSON)")
+    predict.add_argument("--preview", action="store_true", help="write a picture (PNG) beside each label file")
+    predict.add_argument("--debug", action="store_true", help="show tracebacks of unforeseen errors")
+    predict.set_defaults(run=_predict)
+
+
+def _add_phantom(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    phantom = commands.add_parser(
+        "phantom",
+        help="make a synthetic CT of the abdomen, to try things with",
+        epilog="example: fastorgan phantom inputs/phantom_0000.nii.gz --labels truth/phantom.nii.gz",
+    )
+    phantom.add_argument("output", metavar="OUTPUT", type=Path, help="CT file to write (.nii.gz or .nii)")
+    phantom.add_argument("--labels", metavar="FILE", type=Path, help="write the true labels as well")
+    phantom.add_argument("--seed", type=int, default=0, help="another seed, another patient (default: 0)")
+    phantom.set_defaults(run=_phantom)
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from .predict import Settings, plan_jobs, run_batch
+    from .report import Status
+
+    shown = {key: value for key, value in vars(options).items() if key != "run"}
+    settings = Settings(
+        options.device,
+        options.engine,
+        options.threads,
+        options.weights,
+        options.report,
+        options.preview,
+        options.debug,
+        shown,
+    )
+    report = run_batch(plan_jobs(options.inputs, options.output), settings)
+    return 0 if all(case.status is Status.DONE for case in report.cases) else 2
+
+
+def _phantom(options: argparse.Namespace) -> int:
+    from .phantom import make_phantom
+    from .volume import save_image
+
+    image, labels = make_phantom(seed=options.seed)
+    for volume, path in ((image, options.output), (labels, options.labels)):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_image(volume, path)
+            print(path)
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

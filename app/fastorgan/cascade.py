@@ -1,0 +1,96 @@
+"""The method: a light U-Net finds the abdomen, a DenseVNet labels it (He & Luo, FLARE21, team hitcs)."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from numpy.typing import NDArray
+
+from .box import CROP_SIZE, ROI_SIZE, Box
+from .intensity import to_network
+from .monitor import StageTimer
+from .postprocess import organ_margins
+from .resample import resize
+from .restore import restore_labels
+from .roi import Roi, locate
+from .runtime import Runtime, choose_runtime
+from .volume import Volume, label_image, read_volume
+from .weights import Weights
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What the cascade found in a volume.
+
+    Attributes:
+        labels: uint8 organ codes in the file's axes.
+        roi: where the organ net looked.
+        seconds: wall seconds by stage.
+    """
+
+    labels: NDArray[np.uint8]
+    roi: Roi
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Cascade:
+    """Both networks, loaded and ready; one object serves many cases, one at a time.
+
+    Example:
+        >>> labels = Cascade.load().segment(nibabel.load("ct.nii.gz"))
+    """
+
+    def __init__(self, runtime: Runtime, weights: Weights):
+        self.engine = runtime.engine
+        self.weights = weights
+        self._roi_net = runtime.load(weights, "roi")
+        self._organ_net = runtime.load(weights, "organs")
+
+    @classmethod
+    def load(
+        cls, device: str = "auto", *, engine: str = "auto", threads: int | None = None, weights: Path | None = None
+    ) -> "Cascade":
+        """Load the networks on a device; see `runtime.choose_runtime` for the arguments.
+
+        Args:
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            engine: "auto", "openvino" or "torch".
+            threads: of the CPU engine.
+            weights: another folder of weights than the released one.
+
+        Raises:
+            DeviceError: if there is no such device or engine.
+            WeightsError: if the weights are missing or not the released ones.
+        """
+        return cls(choose_runtime(device, engine, threads), Weights.find(weights))
+
+    def segment(self, image: nib.Nifti1Image) -> nib.Nifti1Image:
+        """Label the organs of a CT in HU.
+
+        Args:
+            image: one three-dimensional volume in any orientation.
+
+        Returns:
+            A uint8 image of the same geometry: 1 liver, 2 kidney, 3 spleen, 4 pancreas.
+
+        Raises:
+            VolumeError: if the image is not a CT volume that can be read.
+        """
+        name = image.get_filename() or "the image"
+        return label_image(self.find_organs(read_volume(image, str(name))).labels, image)
+
+    def find_organs(self, volume: Volume) -> Segmentation:
+        """Run the two stages on a volume."""
+        timer = StageTimer()
+        with timer.stage("roi"):
+            whole = resize(volume.array, Box.whole(volume.shape), ROI_SIZE, volume.unit)
+            foreground = self._roi_net(to_network(whole))[0] > 0
+            roi = locate(foreground, volume.shape, volume.spacing)
+        with timer.stage("organs"):
+            crop = resize(volume.array, roi.box, CROP_SIZE, volume.unit)
+            logits = self._organ_net(to_network(crop))
+        with timer.stage("restore"):
+            voxel_mm3 = np.prod(np.multiply(roi.box.size, volume.spacing)) / np.prod(CROP_SIZE)
+            labels = restore_labels(organ_margins(logits, float(voxel_mm3)), roi.box, volume)
+        return Segmentation(labels, roi, timer.seconds)

@@ -1,0 +1,239 @@
+"""Many cases, one after the other: which files, what is said, what is reported."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nibabel as nib
+
+from .cascade import Cascade, Segmentation
+from .errors import FastorganError, VolumeError
+from .labels import ORGANS
+from .monitor import MemorySampler, StageTimer
+from .report import CaseRecord, OrganMeasure, RoiBox, RunReport, Status, measure
+from .runtime import resolve_device
+from .volume import SUFFIXES, Volume, label_image, load_image, read_volume, save_image
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case: its CT, where its labels go, and why it cannot be done, if that is known beforehand."""
+
+    source: Path
+    target: Path
+    obstacle: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run a batch.
+
+    Attributes:
+        device, engine, threads, weights: as `Cascade.load` takes them.
+        report: where the run report goes, if anywhere.
+        preview: whether a PNG is written beside each label file.
+        debug: let unforeseen errors through with their traceback.
+        options: the command's options by name, for the report.
+    """
+
+    device: str = "auto"
+    engine: str = "auto"
+    threads: int | None = None
+    weights: Path | None = None
+    report: Path | None = None
+    preview: bool = False
+    debug: bool = False
+    options: dict[str, object] = field(default_factory=dict)
+
+
+def plan_jobs(inputs: Sequence[Path], output: Path) -> list[Job]:
+    """Say which label file each CT gets: X_0000.nii.gz, X.nii.gz and X.nii become X.nii.gz.
+
+    Args:
+        inputs: files, or folders whose NIfTI files are taken in the order of their names.
+        output: a folder; or the label file itself, for a single input file.
+
+    Raises:
+        VolumeError: if a folder holds no NIfTI file.
+    """
+    sources: list[Path] = []
+    for path in inputs:
+        sources += _volumes_in(path) if path.is_dir() else [path]
+    if len(inputs) == 1 and not inputs[0].is_dir() and output.name.endswith(SUFFIXES) and not output.is_dir():
+        targets = [output]
+    else:
+        targets = [output / f"{case_name(source)}.nii.gz" for source in sources]
+    taken = {source.resolve(): source for source in sources}
+    given: dict[Path, Path] = {}
+    jobs = []
+    for source, target in zip(sources, targets, strict=True):
+        obstacle = None
+        place = target.resolve()
+        if place in taken:
+            obstacle = f"its labels would overwrite the input {taken[place]}; choose another output folder"
+        elif place in given:
+            obstacle = f"its labels would overwrite those of {given[place]}; give the two different names"
+        else:
+            given[place] = source
+        jobs.append(Job(source, target, obstacle))
+    return jobs
+
+
+def case_name(path: Path) -> str:
+    """The case that a CT file stands for: its name without .nii.gz or .nii and without the channel _0000."""
+    name = path.name
+    for suffix in SUFFIXES:
+        if name.endswith(suffix):
+            name = name.removesuffix(suffix)
+            break
+    return name.removesuffix("_0000") or name
+
+
+def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
+    """Segment all jobs and say so; a case that fails does not stop the others.
+
+    Raises:
+        FastorganError: if no case can run: no such device, no weights, an output folder or report that cannot be
+            written.
+    """
+    begun = time.perf_counter()
+    device = resolve_device(settings.device, settings.engine)
+    # The sampler starts before CUDA does, so that its first reading is what the device held without this run.
+    sampler = MemorySampler(int(device.removeprefix("cuda:")) if device != "cpu" else None)
+    for folder in sorted({job.target.parent for job in jobs}):
+        _make_folder(folder)
+    with sampler:
+        cascade = Cascade.load(device, engine=settings.engine, threads=settings.threads, weights=settings.weights)
+        report = RunReport(cascade.engine, cascade.weights.sha256, settings.options)
+        if sampler.samples:
+            report.gpu_at_start_mib = sampler.samples[0].device_mib
+        for number, job in enumerate(_with_progress(jobs), 1):
+            record = _run_case(cascade, job, sampler, settings)
+            report.cases.append(record)
+            _tell(record, job, number, len(jobs))
+            if settings.report is not None:
+                report.write(settings.report)
+    report.memory = sampler.peak
+    report.total_seconds = time.perf_counter() - begun
+    if settings.report is not None:
+        report.write(settings.report)
+    return report
+
+
+def _run_case(cascade: Cascade, job: Job, sampler: MemorySampler, settings: Settings) -> CaseRecord:
+    begun = time.perf_counter()
+    caught: tuple[type[Exception], ...] = (FastorganError,) if settings.debug else (Exception,)
+    with sampler.window() as window:
+        try:
+            if job.obstacle is not None:
+                raise VolumeError(f"{job.source}: {job.obstacle}")
+            timer = StageTimer()
+            with timer.stage("read"):
+                image = load_image(job.source)
+                volume = read_volume(image, str(job.source))
+            found = cascade.find_organs(volume)
+            spacing = tuple(float(s) for s in nib.affines.voxel_sizes(image.affine))
+            organs = measure(found.labels, (spacing[0], spacing[1], spacing[2]))
+            with timer.stage("write"):
+                labels = label_image(found.labels, image)
+                save_image(labels, job.target)
+            seconds = {"read": timer.seconds["read"], **found.seconds, "write": timer.seconds["write"]}
+            if settings.preview:
+                with timer.stage("preview"):
+                    _write_preview(job, image, labels)
+                seconds["preview"] = timer.seconds["preview"]
+        except caught as error:
+            text = str(error) if isinstance(error, FastorganError) else _unforeseen(job, error)
+            return CaseRecord(
+                str(job.source), Status.FAILED, error=text, memory=window.peak, total_seconds=time.perf_counter() - begun
+            )
+    return CaseRecord(
+        str(job.source),
+        Status.DONE,
+        str(job.target),
+        warnings=warnings_for(found, organs),
+        device=cascade.engine.device_name,
+        shape=volume.grid.shape,
+        spacing=(spacing[0], spacing[1], spacing[2]),
+        roi=_roi_in_file(found, volume),
+        organs=organs,
+        seconds=seconds,
+        total_seconds=time.perf_counter() - begun,
+        memory=window.peak,
+    )
+
+
+def warnings_for(found: Segmentation, organs: dict[str, OrganMeasure]) -> list[str]:
+    """What a user should know about a result before trusting it, one line each."""
+    lines = []
+    if found.roi.fallback is not None:
+        lines.append(f"the whole volume was searched: {found.roi.fallback}")
+    missing = [name for name, organ in organs.items() if organ.volume_ml == 0]
+    if len(missing) == len(organs):
+        lines.append("no organ was found; is this a CT of the abdomen, in HU?")
+    elif missing:
+        lines.append(f"not found: {', '.join(missing)}")
+    return lines
+
+
+def _roi_in_file(found: Segmentation, volume: Volume) -> RoiBox:
+    start, stop = volume.grid.box_in_file(found.roi.box)
+    return RoiBox(start, stop, found.roi.fallback)
+
+
+def _write_preview(job: Job, image: nib.Nifti1Image, labels: nib.Nifti1Image) -> None:
+    from .preview import write_preview
+
+    path = job.target.with_name(f"{case_name(job.target)}.png")
+    write_preview(path, image, labels, case=case_name(job.source))
+
+
+def _volumes_in(folder: Path) -> list[Path]:
+    files = sorted(p for p in folder.iterdir() if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
+    if not files:
+        raise VolumeError(f"{folder}: holds no {' or '.join(SUFFIXES)} file")
+    return files
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VolumeError(f"{folder}: cannot be made ({error.strerror or error})") from error
+
+
+def _with_progress(jobs: Sequence[Job]) -> Iterator[Job]:
+    """Yield the jobs behind a progress bar on a terminal, plainly elsewhere."""
+    if not sys.stderr.isatty():
+        yield from jobs
+        return
+    from tqdm import tqdm
+
+    yield from tqdm(jobs, unit="case", leave=False)
+
+
+def _tell(record: CaseRecord, job: Job, number: int, total: int) -> None:
+    """One line to standard output for a case that is done, to standard error for one that is not."""
+    writer = nullcontext()
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        writer = tqdm.external_write_mode()
+    with writer:
+        if record.organs is None:
+            print(f"fastorgan: {record.error}", file=sys.stderr, flush=True)
+            return
+        volumes = ", ".join(f"{organ.name} {record.organs[organ.name].volume_ml:.0f} ml" for organ in ORGANS)
+        print(f"[{number}/{total}] {job.target}: {volumes}; {record.total_seconds:.2f} s", flush=True)
+        for line in record.warnings:
+            print(f"fastorgan: warning: {job.source}: {line}", file=sys.stderr, flush=True)
+
+
+def _unforeseen(job: Job, error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return f"{job.source}: failed unexpectedly ({type(error).__name__}: {text}); --debug shows where"
+
+

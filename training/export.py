@@ -1,0 +1,91 @@
+"""Put trained weights into the form that is released, and prove that both engines compute the same with them."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fastorgan.errors import WeightsError
+from fastorgan.runtime import INPUT_SIZES, choose_runtime
+from fastorgan.weights import MANIFEST, Weights
+
+from .fit import build
+
+NETWORKS = ("roi", "organs")
+SUFFIXES = (".safetensors", ".xml", ".bin")
+
+LARGEST_DIFFERENCE = 0.05
+"""Between the engines' logits on random input, relative to their spread; half-precision weights keep it far below."""
+
+
+def export(network: str, checkpoint: Path, out: Path, version: str) -> float:
+    """Write a network's .safetensors (torch) and .xml and .bin (OpenVINO) to `out`, and update its manifest.
+
+    Weights are rounded to half precision first, so that both engines run the same numbers from small files.
+
+    Args:
+        network: "roi" or "organs".
+        checkpoint: of a run of `fit`.
+        out: the folder of released weights.
+        version: of the release.
+
+    Returns:
+        The largest difference between the two engines' logits, relative to the logits' standard deviation.
+
+    Raises:
+        WeightsError: if the checkpoint is another network's or the engines disagree; the files are then not listed.
+    """
+    import openvino
+    import safetensors.torch
+
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if state["kind"] != network:
+        raise WeightsError(f"{checkpoint}: holds the {state['kind']} net, not the {network} net")
+    module = build(network, state["variant"], 0.0).eval()
+    rounded = {k: v.half() if v.is_floating_point() else v for k, v in state["export"].items()}
+    module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in rounded.items()})
+
+    out.mkdir(parents=True, exist_ok=True)
+    kept = {k: v.contiguous() for k, v in rounded.items() if not k.endswith("num_batches_tracked")}
+    (out / f"{network}.safetensors").write_bytes(safetensors.torch.save(kept))
+    size = INPUT_SIZES[network]
+    with torch.no_grad():
+        model = openvino.convert_model(module, example_input=torch.zeros(1, 1, *size), input=[1, 1, *size])
+    openvino.save_model(model, out / f"{network}.xml", compress_to_fp16=True)
+
+    manifest = _manifest(out)
+    manifest["version"] = version
+    manifest["networks"][network] = {
+        "variant": state["variant"] if network == "roi" else "densevnet",
+        "sha256": {f"{network}{s}": _sha256(out / f"{network}{s}") for s in SUFFIXES},
+    }
+    (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    difference = engine_difference(Weights.find(out), network)
+    if difference > LARGEST_DIFFERENCE:
+        raise WeightsError(f"{out}: the engines' {network} logits differ by {difference:.3g} of their spread")
+    return difference
+
+
+def engine_difference(weights: Weights, network: str) -> float:
+    """Largest difference between OpenVINO's and torch's logits on smooth random input, over their SD."""
+    random = np.random.default_rng(0)
+    coarse = torch.from_numpy(random.normal(0, 1, (1, 1, 12, 16, 24)).astype(np.float32))
+    x = nn.functional.interpolate(coarse, INPUT_SIZES[network], mode="trilinear")[0, 0].clamp(-1, 1).numpy()
+    first, second = (choose_runtime("cpu", engine).load(weights, network)(x) for engine in ("openvino", "torch"))
+    return float(np.abs(first - second).max() / first.std())
+
+
+def _manifest(out: Path) -> dict[str, Any]:
+    path = out / MANIFEST
+    if path.is_file():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    return {"version": "", "networks": {}}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
