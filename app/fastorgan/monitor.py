@@ -17,13 +17,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from fastorgan.errors import DeviceError
+from .errors import DeviceError
 
 INTERVAL_S = 0.1
 """Pause between two readings; the true interval is this plus the reading itself, as it is for the organisers."""
 
 GIVE_UP_AFTER = 20
 """Failed readings in a row after which a source is no longer asked: a card that fell off the bus stays away."""
+
+LEAVE_AFTER_S = 5.0
+"""How long the end of a run waits for a reading under way before it leaves a driver that hangs behind."""
 
 MIB = 2**20
 
@@ -362,10 +365,6 @@ class Window:
         if mark is not None and (self._rss_mark is None or mark > self._rss_mark):
             self._rss_mib = _higher(self._rss_mib, mark)
 
-    def restart_rss_mark(self, mark: float | None) -> None:
-        """Start anew from a mark that has been lowered."""
-        self._rss_mark = mark
-
     @property
     def peak(self) -> MemoryPeak:
         """The peaks so far."""
@@ -456,7 +455,7 @@ class MemorySampler:
     ) -> None:
         self._stop.set()
         if self._thread is not None:
-            self._thread.join(timeout=5)
+            self._thread.join(timeout=LEAVE_AFTER_S)
             # A driver that hangs keeps the thread; it dies with the process.
             if self._thread.is_alive():
                 return
@@ -471,7 +470,6 @@ class MemorySampler:
             uuid = visible_uuid(self._device, nvml.uuids(), os.environ)
             self.device_name = nvml.name(uuid)
         except Exception as error:
-            self._disconnect()
             return str(error) or type(error).__name__
         pid = os.getpid()
         self._read_device = _Query(lambda: nvml.memory(uuid))
@@ -533,10 +531,8 @@ class MemorySampler:
             raise RuntimeError("enter the MemorySampler before opening a window")
         with self._lock:
             reading = self._read()
-            mark = self._resident.restart()
-            for other in self._windows:
-                other.restart_rss_mark(mark)
-            window = Window(self.reason, mark)
+            # The windows already open have just taken the old mark in.
+            window = Window(self.reason, self._resident.restart())
             window.add(replace(reading, rss_mark=None))
             self._windows.append(window)
         try:

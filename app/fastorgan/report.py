@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastorgan import __version__
-from fastorgan.errors import FastorganError
-from fastorgan.labels import ORGANS
-from fastorgan.monitor import MemoryPeak
+from . import __version__
+from .box import Box
+from .errors import FastorganError
+from .labels import ORGANS
+from .monitor import MemoryPeak
 
 SCHEMA_VERSION = 1
 """Rises when a key is renamed, removed or changes its meaning; new keys leave it as it is."""
@@ -52,22 +53,25 @@ def measure(labels: NDArray[np.uint8], spacing: tuple[float, float, float]) -> d
         The measure by organ name; an organ without a voxel has 0.0 ml and touches no border.
 
     Raises:
-        ValueError: `labels` is not three-dimensional, or a spacing is not a positive number.
+        ValueError: `labels` is not a three-dimensional uint8 array, or a spacing is not a positive number.
     """
-    if labels.ndim != 3:
-        raise ValueError(f"labels must be three-dimensional, but their shape is {labels.shape}")
+    if labels.ndim != 3 or labels.dtype != np.uint8:
+        raise ValueError(f"labels must be three-dimensional uint8, but are {labels.dtype} of shape {labels.shape}")
     if len(spacing) != 3 or not all(math.isfinite(step) and step > 0 for step in spacing):
         raise ValueError(f"spacing must be three positive numbers of mm, but is {spacing}")
+    # Neither measure depends on an axis' direction, and NumPy is slow along axes that run backwards in memory.
+    labels = labels[tuple(slice(None, None, -1 if stride < 0 else 1) for stride in labels.strides)]
     voxels = dict.fromkeys((organ.code for organ in ORGANS), 0)
     # Slab by slab along the slowest axis, since a slab's comparison stays in the cache. One np.bincount of the whole
-    # would first copy the volume to eight bytes a voxel, and takes five times as long even by slabs.
-    for slab in np.moveaxis(labels, int(np.argmax(np.abs(labels.strides))), 0):
+    # would first copy the volume to eight bytes a voxel, and even slab by slab takes several times as long.
+    for slab in np.moveaxis(labels, int(np.argmax(labels.strides)), 0):
         for code in voxels:
             voxels[code] += int(np.count_nonzero(slab == code))
     on_border = np.zeros(256, dtype=bool)
     if labels.size:
         for axis in range(3):
-            on_border[labels.take([0, -1], axis=axis)] = True
+            slices = np.moveaxis(labels, axis, 0)
+            on_border[slices[0]] = on_border[slices[-1]] = True
     voxel_ml = math.prod(spacing) / 1000.0
     return {organ.name: OrganMeasure(voxels[organ.code] * voxel_ml, bool(on_border[organ.code])) for organ in ORGANS}
 
@@ -81,21 +85,8 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True)
-class RoiBox:
-    """The box that the organ network saw, in voxels along the axes of the input file's array.
-
-    Attributes:
-        start: first voxel on each axis.
-        stop: one past the last voxel on each axis.
-    """
-
-    start: tuple[int, int, int]
-    stop: tuple[int, int, int]
-
-
-@dataclass(frozen=True)
 class CaseRecord:
-    """What was done to one case. All axes are those of the input file's array.
+    """What was done to one case. Shape, spacing and box are those of the upright volume (z, y, x).
 
     Attributes:
         input: the input file's name.
@@ -104,9 +95,9 @@ class CaseRecord:
         error: one line, for a failed or skipped case why.
         warnings: one line each.
         device: name of the processor or card that ran the networks; None where none ran.
-        shape: voxels per axis; None if the file could not be read.
-        spacing: voxel size in mm per axis; None if the file could not be read.
-        roi: the box that the organ network saw; None where it did not run.
+        shape: voxels (z, y, x); None if the file could not be read.
+        spacing: voxel size in mm (z, y, x); None if the file could not be read.
+        roi: the box that the organ network saw, in voxels; None where it did not run.
         organs: the measures by organ name; None where there is no label map.
         seconds: wall seconds by stage, in the order of the stages.
         total_seconds: wall seconds of the whole case; None if it was not timed.
@@ -121,7 +112,7 @@ class CaseRecord:
     device: str | None = None
     shape: tuple[int, int, int] | None = None
     spacing: tuple[float, float, float] | None = None
-    roi: RoiBox | None = None
+    roi: Box | None = None
     organs: Mapping[str, OrganMeasure] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     total_seconds: float | None = None
@@ -137,7 +128,12 @@ class CaseRecord:
             "warnings": list(self.warnings),
             "shape": _plain(self.shape),
             "spacing_mm": None if self.spacing is None else [_rounded(step, 6) for step in self.spacing],
-            "roi": None if self.roi is None else {"start": _plain(self.roi.start), "stop": _plain(self.roi.stop)},
+            "roi": None
+            if self.roi is None
+            else {
+                "start": [_rounded(edge, 2) for edge in self.roi.start],
+                "stop": [_rounded(edge, 2) for edge in self.roi.stop],
+            },
             "organs": None
             if self.organs is None
             else {
@@ -242,11 +238,11 @@ class RunReport:
             FastorganError: the file cannot be written there, or `path` names something that is no regular file.
         """
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-        if path.exists() and not path.is_file():
-            # To replace /dev/null, or a folder, would do more harm than to refuse it.
-            raise FastorganError(f"{path}: not a regular file; name a file for the report")
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        temporary = path.parent / f".fastorgan-{secrets.token_hex(8)}.json"
         try:
+            if path.exists() and not path.is_file():
+                # To put a file in the place of /dev/null would do more harm than to refuse it.
+                raise FastorganError(f"{path}: not a regular file; name a file for the report")
             # Mode "x" obeys the umask; the files of `tempfile` could be read by their owner alone.
             with temporary.open("x", encoding="ascii") as file:
                 file.write(text)
@@ -254,7 +250,7 @@ class RunReport:
                 os.fsync(file.fileno())
             temporary.replace(path)
         except OSError as error:
-            raise FastorganError(f"{path}: cannot write the report ({error.strerror or error})") from error
+            raise FastorganError(f"{path}: cannot be written ({error.strerror or error})") from error
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
