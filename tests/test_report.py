@@ -17,11 +17,10 @@ from hypothesis.extra import numpy as hnp
 
 import fastorgan
 from fastorgan import report
-from fastorgan.box import Box
 from fastorgan.errors import FastorganError
 from fastorgan.labels import ORGANS
 from fastorgan.monitor import MemoryPeak
-from fastorgan.report import CaseRecord, Engine, OrganMeasure, RunReport, Status, measure
+from fastorgan.report import CaseRecord, Engine, OrganMeasure, RoiBox, RunReport, Status, measure
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "report.md"
 
@@ -35,7 +34,7 @@ DONE = CaseRecord(
     device="NVIDIA TITAN X",
     shape=(30, 40, 50),
     spacing=(5.0, 0.7421875123, 0.75),
-    roi=Box((1.23456, 0.0, 2.0), (29.0, 40.0, 49.999)),
+    roi=RoiBox((1, 0, 2), (29, 40, 50), "nothing found"),
     organs={"liver": OrganMeasure(1234.56789, True), "kidney": OrganMeasure(0.0, False)},
     seconds={"read": 1.23456789, "organs": 0.00004},
     total_seconds=2.00006,
@@ -161,7 +160,7 @@ def test_a_case_that_is_done() -> None:
         "warnings": ["kidney: not found"],
         "shape": [30, 40, 50],
         "spacing_mm": [5.0, 0.742188, 0.75],
-        "roi": {"start": [1.23, 0.0, 2.0], "stop": [29.0, 40.0, 50.0]},
+        "roi": {"start": [1, 0, 2], "stop": [29, 40, 50], "fallback": "nothing found"},
         "organs": {
             "liver": {"volume_ml": 1234.57, "touches_border": True},
             "kidney": {"volume_ml": 0.0, "touches_border": False},
@@ -366,7 +365,7 @@ def test_the_example_has_the_keys_of_a_report_in_their_order() -> None:
     record = CaseRecord(
         "a.nii.gz",
         Status.DONE,
-        roi=Box.whole((2, 2, 2)),
+        roi=RoiBox((0, 0, 0), (2, 2, 2)),
         organs=organs,
         seconds=dict.fromkeys(case["seconds"], 0.0),
     )

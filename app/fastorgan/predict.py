@@ -108,6 +108,7 @@ def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
     with sampler:
         cascade = Cascade.load(device, engine=settings.engine, threads=settings.threads, weights=settings.weights)
         report = RunReport(cascade.engine, cascade.weights.sha256, settings.options)
+        report.load_seconds = time.perf_counter() - begun
         if sampler.samples:
             report.gpu_at_start_mib = sampler.samples[0].device_mib
         for number, job in enumerate(_with_progress(jobs), 1):

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import __version__
-from .box import Box
 from .errors import FastorganError
 from .labels import ORGANS
 from .monitor import MemoryPeak
@@ -85,8 +84,23 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True)
+class RoiBox:
+    """Where the organ network looked, in voxels along the input file's own axes.
+
+    Attributes:
+        start: first voxel on each axis.
+        stop: one past the last voxel on each axis.
+        fallback: why that is the whole volume; None where the ROI network's box was used.
+    """
+
+    start: tuple[int, int, int]
+    stop: tuple[int, int, int]
+    fallback: str | None = None
+
+
+@dataclass(frozen=True)
 class CaseRecord:
-    """What was done to one case. Shape, spacing and box are those of the upright volume (z, y, x).
+    """What was done to one case. Shape, spacing and box follow the input file's own axes.
 
     Attributes:
         input: the input file's name.
@@ -95,9 +109,9 @@ class CaseRecord:
         error: one line, for a failed or skipped case why.
         warnings: one line each.
         device: name of the processor or card that ran the networks; None where none ran.
-        shape: voxels (z, y, x); None if the file could not be read.
-        spacing: voxel size in mm (z, y, x); None if the file could not be read.
-        roi: the box that the organ network saw, in voxels; None where it did not run.
+        shape: voxels per axis; None if the file could not be read.
+        spacing: voxel size in mm per axis; None if the file could not be read.
+        roi: the box that the organ network saw; None where it did not run.
         organs: the measures by organ name; None where there is no label map.
         seconds: wall seconds by stage, in the order of the stages.
         total_seconds: wall seconds of the whole case; None if it was not timed.
@@ -112,7 +126,7 @@ class CaseRecord:
     device: str | None = None
     shape: tuple[int, int, int] | None = None
     spacing: tuple[float, float, float] | None = None
-    roi: Box | None = None
+    roi: RoiBox | None = None
     organs: Mapping[str, OrganMeasure] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     total_seconds: float | None = None
@@ -131,8 +145,9 @@ class CaseRecord:
             "roi": None
             if self.roi is None
             else {
-                "start": [_rounded(edge, 2) for edge in self.roi.start],
-                "stop": [_rounded(edge, 2) for edge in self.roi.stop],
+                "start": _plain(self.roi.start),
+                "stop": _plain(self.roi.stop),
+                "fallback": self.roi.fallback,
             },
             "organs": None
             if self.organs is None
@@ -188,6 +203,7 @@ class RunReport:
         weights: SHA-256 in hexadecimal digits by name of the weights file.
         options: the command's options by name; values that JSON does not know are written as text.
         started: when the run began, with its time zone.
+        load_seconds: wall seconds until the networks were ready, imports included; None if they were not.
         cases: one record per case, in the order of the work.
         total_seconds: wall seconds of the run; None while it goes on, and so in the report of a run that was killed.
         memory: peaks of the run.
@@ -198,6 +214,7 @@ class RunReport:
     weights: Mapping[str, str]
     options: Mapping[str, object]
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    load_seconds: float | None = None
     cases: list[CaseRecord] = field(default_factory=list)
     total_seconds: float | None = None
     memory: MemoryPeak = field(default_factory=MemoryPeak)
@@ -222,6 +239,7 @@ class RunReport:
             "weights_sha256": dict(self.weights),
             "options": _plain(self.options),
             "started": self.started.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+            "load_seconds": _rounded(self.load_seconds, 4),
             "total_seconds": _rounded(self.total_seconds, 4),
             "memory": _memory(self.memory) | {"gpu_at_start_mib": _rounded(self.gpu_at_start_mib, 1)},
             "counts": {status.value: statuses.count(status) for status in Status},

@@ -1,7 +1,7 @@
 """CT volumes in and label volumes out: NIfTI files, orientation, spacing.
 
-Inside fastorgan arrays are (z, y, x) with z to the head, y to the front and x to the patient's right's opposite, that
-is NIfTI's RAS+ with the axes reversed. For a NIfTI file in memory this is a view: no voxel is moved.
+Inside fastorgan arrays are (z, y, x) with z to the head, y to the front and x to the patient's right: RAS+ in
+reverse order. For a NIfTI file in memory this is a view: no voxel is moved.
 """
 
 import os
