@@ -1,0 +1,4 @@
+#!/bin/sh
+# The organisers' entry: segment every CT in inputs/ into outputs/, from the folder that holds both.
+set -eu
+exec python3 -m fastorgan predict "${INPUTS:-inputs}" "${OUTPUTS:-outputs}"
