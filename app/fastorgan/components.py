@@ -5,17 +5,19 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 
-def largest_group(mask: NDArray[np.bool_], voxel: tuple[float, ...], bridge: float) -> NDArray[np.bool_]:
-    """Keep the largest group of pieces of which each lies within `bridge` mm of another; empty stays empty.
+def largest_group(
+    mask: NDArray[np.bool_], voxel: tuple[float, ...], bridge: tuple[float, float, float]
+) -> NDArray[np.bool_]:
+    """Keep the largest group of pieces of which each lies within `bridge` of another; empty stays empty.
 
     Distance is measured along each axis (a box, not a ball), which a separable filter finds quickly.
 
     Args:
         mask: three axes.
         voxel: voxel size in mm, in the mask's axis order.
-        bridge: the widest gap within a group, in mm.
+        bridge: the widest gap within a group in mm, per axis.
     """
-    reach = [2 * round(bridge / 2 / size) + 1 for size in voxel]
+    reach = [2 * round(gap / 2 / size) + 1 for gap, size in zip(bridge, voxel, strict=True)]
     near = ndimage.maximum_filter(mask.view(np.uint8), size=reach, mode="constant")
     groups, count = ndimage.label(near)
     if count <= 1:

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from .box import Box, extent_mm, frame
 from .components import largest_group
 
-BRIDGE_MM = 60.0
-"""Pieces of foreground nearer than this belong together: a spleen beside a liver's tip, two kidneys."""
+BRIDGE_MM = (40.0, 60.0, 140.0)
+"""Pieces of foreground nearer than this (z, y, x) belong together: in a chest scan's last slices the tips of liver and
+spleen lie as far apart, while what is mistaken for an organ lies above or below: heart, bladder, head."""
 
 LEAST_FOREGROUND_ML = 20.0
 """Less foreground than this is taken for nothing found."""
