@@ -1,0 +1,1 @@
+"""Measures fastorgan, or any program with its output files, by the rules of the FLARE challenges."""

@@ -1,0 +1,198 @@
+"""Command line: `python -m evaluation COMMAND`. Each command is a parser and a function that returns the exit code."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fastorgan.errors import FastorganError
+from fastorgan.labels import ORGANS, Organ
+
+from . import accuracy, ranking
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+FAILED = 2
+"""Exit code of a user's mistake, as argparse has it too."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return 0, or 2 where it or a part of it failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation", description="Measure fastorgan, or any program with its output files."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_score(commands)
+    _add_rank(commands)
+    args = parser.parse_args(argv)
+    try:
+        code: int = args.run(args)
+    except FastorganError as error:
+        _complain(error)
+        return FAILED
+    return code
+
+
+def _add_score(commands: "Commands") -> None:
+    parser = commands.add_parser(
+        "score",
+        help="DSC and NSD of predicted labels against ground truth",
+        description="""\
+Score predicted labels against ground truth: DSC and NSD by case and organ, in
+percent, their mean and standard deviation over the cases, and the mean of the
+organs' means. A case that cannot be scored is named on stderr and the others
+are scored all the same; the exit code is 2 then.""",
+        epilog="""\
+An organ that neither side has scores 100, one that only one side has 0. Voxels
+with the code 255 in the ground truth are left out.
+
+example:
+  python -m evaluation score outputs labels --leave-out ircadb01:pancreas --csv ours.csv""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "predictions", type=Path, metavar="PREDICTIONS", help="folder of NAME.nii.gz files, or one file"
+    )
+    parser.add_argument("truths", type=Path, metavar="GROUND_TRUTH", help="folder with the same names, or one file")
+    parser.add_argument(
+        "--protocol",
+        choices=accuracy.PROTOCOLS,
+        default="flare21",
+        help="flare21: NSD at 1 mm. flare22: NSD at liver 5, kidney 3, spleen 3, pancreas 5 mm, and 0 where the DSC is "
+        "below 0.2 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write the scores, 0 to 1, in the protocol's own layout"
+    )
+    parser.add_argument(
+        "--organs",
+        type=_organs,
+        default=ORGANS,
+        metavar="ORGAN[,ORGAN]",
+        help=f"score these alone (default: {','.join(organ.name for organ in ORGANS)})",
+    )
+    parser.add_argument(
+        "--leave-out",
+        type=_left_out,
+        action="append",
+        default=[],
+        metavar="CASE:ORGAN[,ORGAN]",
+        help="leave organs of one case out, such as those without a manual label; may be repeated",
+    )
+    parser.add_argument("--no-nsd", dest="nsd", action="store_false", help="DSC alone, which is faster")
+    parser.set_defaults(run=_score)
+
+
+def _score(args: argparse.Namespace) -> int:
+    protocol = accuracy.PROTOCOLS[args.protocol]
+    pairs = accuracy.find_pairs(args.predictions, args.truths)
+    known = {accuracy.case_of(pair.name) for pair in pairs}
+    left_out: dict[str, set[str]] = {}
+    for case, names in args.leave_out:
+        if case not in known:
+            raise accuracy.PairError(f"--leave-out: there is no case {case}; cases are {', '.join(sorted(known))}")
+        left_out.setdefault(case, set()).update(names)
+    if args.csv is not None and not args.csv.parent.is_dir():
+        raise accuracy.PairError(f"{args.csv}: there is no such folder")
+    metrics = accuracy.METRICS if args.nsd else accuracy.METRICS[:1]
+    table = accuracy.Table([pair.name for pair in pairs], args.organs, metrics)
+    print(_title(args, protocol), table.header(), sep="\n", flush=True)
+    scored = []
+    for pair in pairs:
+        without = left_out.get(accuracy.case_of(pair.name), set())
+        organs = [organ for organ in args.organs if organ.name not in without]
+        try:
+            case_scores = accuracy.score_pair(pair, protocol, organs, args.nsd)
+        except FastorganError as error:
+            _complain(error)
+            continue
+        scored.append(case_scores)
+        print(table.row(case_scores), flush=True)
+    if scored:
+        print(table.summary(scored))
+        if args.csv is not None:
+            accuracy.write_csv(scored, protocol, args.csv)
+    return 0 if len(scored) == len(pairs) else FAILED
+
+
+def _title(args: argparse.Namespace, protocol: accuracy.Protocol) -> str:
+    if not args.nsd:
+        return f"{protocol.name}, DSC in %"
+    tolerances = ", ".join(f"{organ.name} {protocol.tolerances[organ.name]:g} mm" for organ in args.organs)
+    return f"{protocol.name}, DSC and NSD in %; NSD tolerance: {tolerances}"
+
+
+def _add_rank(commands: "Commands") -> None:
+    parser = commands.add_parser(
+        "rank",
+        help="rank programs by their score files as FLARE21 did",
+        description="""\
+Rank programs case by case by mean DSC and mean NSD over the organs, and by time
+and GPU memory where these are known, then average all ranks and divide by the
+number of programs. Equal figures share the better rank. All programs need the
+same cases, organs and figures.""",
+        epilog="""\
+Time and GPU memory are the columns `time` and `gpu_memory` (FLARE22: `Time`,
+`GPU_Mem`; FLARE23: `MaxGPU_Mem`) of the score files, or of the files given with
+--efficiency, which overrule them. Cases match by name without .nii.gz and _0000.
+
+examples:
+  python -m evaluation rank ours.csv other.csv
+  python -m evaluation rank ours.csv other.csv --efficiency ours_Efficiency.csv other_Efficiency.csv""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "scores",
+        type=Path,
+        nargs="+",
+        metavar="SCORES.csv",
+        help="one file of `score --csv` for each program; its name is the program's",
+    )
+    parser.add_argument(
+        "--efficiency",
+        type=Path,
+        nargs="+",
+        metavar="FILE.csv",
+        help="one file of time and GPU memory for each program, in the order of the score files",
+    )
+    parser.set_defaults(run=_rank)
+
+
+def _rank(args: argparse.Namespace) -> int:
+    efficiency = args.efficiency or [None] * len(args.scores)
+    if len(efficiency) != len(args.scores):
+        raise ranking.RankingError(
+            f"--efficiency: {len(efficiency)} files for {len(args.scores)} score files; give one for each"
+        )
+    stems = [path.stem for path in args.scores]
+    names = [str(path) if stems.count(path.stem) > 1 else path.stem for path in args.scores]
+    teams = [ranking.read_team(*files) for files in zip(names, args.scores, efficiency, strict=True)]
+    print(ranking.ranking_text(ranking.rank(teams)))
+    return 0
+
+
+def _organs(text: str) -> list[Organ]:
+    """Parse organ names; the order is always that of the codes."""
+    names = [name.strip() for name in text.lower().split(",")]
+    known = [organ.name for organ in ORGANS]
+    for name in names:
+        if name not in known:
+            raise argparse.ArgumentTypeError(f"there is no organ {name!r}; organs are {', '.join(known)}")
+    return [organ for organ in ORGANS if organ.name in names]
+
+
+def _left_out(text: str) -> tuple[str, list[str]]:
+    case, colon, organs = text.rpartition(":")
+    if not colon or not case:
+        raise argparse.ArgumentTypeError(f"{text!r} is not CASE:ORGAN[,ORGAN]")
+    return accuracy.case_of(case), [organ.name for organ in _organs(organs)]
+
+
+def _complain(error: FastorganError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
