@@ -23,7 +23,8 @@ def largest_group(
     if count <= 1:
         return mask
     sizes = np.bincount(groups[mask], minlength=count + 1)
-    return mask & (groups == int(sizes.argmax()))
+    largest: NDArray[np.bool_] = mask & (groups == int(sizes.argmax()))
+    return largest
 
 
 def largest_components(mask: NDArray[np.bool_], keep: int, least_voxels: float) -> NDArray[np.bool_]:

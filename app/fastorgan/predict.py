@@ -144,12 +144,16 @@ def _run_case(cascade: Cascade, job: Job, sampler: MemorySampler, settings: Sett
             seconds = {"read": timer.seconds["read"], **found.seconds, "write": timer.seconds["write"]}
             if settings.preview:
                 with timer.stage("preview"):
-                    _write_preview(job, image, labels)
+                    _write_preview(job, image, labels, found)
                 seconds["preview"] = timer.seconds["preview"]
         except caught as error:
             text = str(error) if isinstance(error, FastorganError) else _unforeseen(job, error)
             return CaseRecord(
-                str(job.source), Status.FAILED, error=text, memory=window.peak, total_seconds=time.perf_counter() - begun
+                str(job.source),
+                Status.FAILED,
+                error=text,
+                memory=window.peak,
+                total_seconds=time.perf_counter() - begun,
             )
     return CaseRecord(
         str(job.source),
@@ -185,11 +189,11 @@ def _roi_in_file(found: Segmentation, volume: Volume) -> RoiBox:
     return RoiBox(start, stop, found.roi.fallback)
 
 
-def _write_preview(job: Job, image: nib.Nifti1Image, labels: nib.Nifti1Image) -> None:
+def _write_preview(job: Job, image: nib.Nifti1Image, labels: nib.Nifti1Image, found: Segmentation) -> None:
     from .preview import write_preview
 
     path = job.target.with_name(f"{case_name(job.target)}.png")
-    write_preview(path, image, labels, case=case_name(job.source))
+    write_preview(path, image, labels, name=case_name(job.source), roi=found.roi.box)
 
 
 def _volumes_in(folder: Path) -> list[Path]:
@@ -236,5 +240,3 @@ def _tell(record: CaseRecord, job: Job, number: int, total: int) -> None:
 def _unforeseen(job: Job, error: Exception) -> str:
     text = " ".join(str(error).split())
     return f"{job.source}: failed unexpectedly ({type(error).__name__}: {text}); --debug shows where"
-
-

@@ -33,7 +33,8 @@ def axis_weights(length: int, start: float, stop: float, samples: int) -> NDArra
     at = np.clip(start + (np.arange(samples) + 0.5) * step - 0.5, 0.0, length - 1.0)
     weights = np.maximum(0.0, 1.0 - np.abs(at[:, None] - np.arange(length)[None, :]) / width)
     weights /= weights.sum(axis=1, keepdims=True)
-    return weights.astype(np.float32)
+    result: NDArray[np.float32] = weights.astype(np.float32)
+    return result
 
 
 def resize(

@@ -113,6 +113,8 @@ def load_image(path: Path) -> nib.Nifti1Image:
         raise VolumeError(f"{path}: not a NIfTI file name (expected {' or '.join(SUFFIXES)})")
     try:
         image = nib.load(path)
+        if not isinstance(image, nib.Nifti1Pair):
+            raise VolumeError(f"{path}: not a NIfTI file")
         _check_stored_spacing(path, image)
     except VolumeError:
         raise
@@ -137,7 +139,7 @@ def read_volume(image: nib.Nifti1Image, name: str) -> Volume:
     shape = _three_axes(image.shape, name)
     affine = np.asarray(image.affine, float)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise VolumeError(f"{name}: the affine is singular or not finite, so the voxel size is unknown; mend the header")
+        raise VolumeError(f"{name}: the affine is singular or not finite, so voxel sizes are unknown; mend the header")
     stored, slope, intercept = _stored_values(image, name)
     stored = stored.reshape(shape, order="A")
     if not (np.isfinite(slope) and np.isfinite(intercept)) or not _all_finite(stored):
@@ -175,7 +177,7 @@ def label_image(labels: NDArray[np.uint8], like: nib.Nifti1Image) -> nib.Nifti1I
         image = kind(labels.reshape(like.shape), None, header)
     else:
         image = kind(labels.reshape(like.shape), like.affine)
-    header = image.header
+    header: Any = image.header
     header.set_data_dtype(np.uint8)
     header.set_slope_inter(1.0, 0.0)
     header["cal_min"] = header["cal_max"] = 0
@@ -213,9 +215,7 @@ def save_image(image: nib.Nifti1Image, path: Path) -> None:
 
 def _check_stored_spacing(path: Path, image: nib.Nifti1Image) -> None:
     """Refuse voxel sizes of zero, which nibabel mends silently to 1 mm."""
-    if not isinstance(image, nib.Nifti1Pair):
-        raise VolumeError(f"{path}: not a NIfTI file")
-    with nib.openers.ImageOpener(path) as stream:
+    with nib.openers.ImageOpener(str(path)) as stream:
         stored = type(image.header).from_fileobj(stream, check=False)
     sizes = np.asarray(stored["pixdim"][1 : 1 + min(3, int(stored["dim"][0]))], float)
     if not (np.isfinite(sizes).all() and (sizes > 0).all()):
@@ -237,7 +237,7 @@ def _three_axes(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
 
 def _stored_values(image: nib.Nifti1Image, name: str) -> tuple[NDArray[np.generic], float, float]:
     """Voxels as stored, with slope and intercept apart, so that integers stay integers."""
-    proxy = image.dataobj
+    proxy: Any = image.dataobj
     try:
         if nib.is_proxy(proxy):
             return np.asanyarray(proxy.get_unscaled()), float(proxy.slope), float(proxy.inter)
@@ -280,10 +280,11 @@ def _set_upright(
     upright = np.linalg.inv(place) @ turned
     back = np.linalg.inv(upright)
     kind = np.dtype(np.float32) if array.dtype.kind not in "iu" else array.dtype
-    limits = np.iinfo(kind) if kind.kind in "iu" else np.finfo(kind)
-    outside = float(np.clip(air, float(limits.min), float(limits.max)))
+    if kind.kind in "iu":
+        limits = np.iinfo(str(kind))
+        air = min(max(air, limits.min), limits.max)
     result = ndimage.affine_transform(
-        array, back[:3, :3], back[:3, 3], size, output=kind, order=1, mode="constant", cval=outside
+        array, back[:3, :3], back[:3, 3], size, output=kind, order=1, mode="constant", cval=air
     )
     return result, upright
 

@@ -54,7 +54,8 @@ class Weights:
     @property
     def sha256(self) -> dict[str, str]:
         """SHA-256 by file name, of all files."""
-        return {name: str(digest) for network in self.manifest["networks"].values() for name, digest in network["sha256"].items()}
+        networks = self.manifest["networks"].values()
+        return {name: str(digest) for network in networks for name, digest in network["sha256"].items()}
 
     def variant(self, network: str) -> str:
         """Which variant of a network the weights are for, such as "slim"."""
