@@ -1,0 +1,130 @@
+"""The whole product on the real sample: what it finds, in any orientation, on either engine. Run `./try.sh` first."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from evaluation.accuracy import dsc
+from evaluation.sample import NAME
+from fastorgan import Cascade
+from fastorgan.labels import ORGANS
+from fastorgan.volume import load_image
+
+SAMPLE = Path(__file__).parents[1] / "sample"
+CT, TRUTH = SAMPLE / "images" / f"{NAME}_0000.nii.gz", SAMPLE / "labels" / f"{NAME}.nii.gz"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not CT.is_file(), reason="no sample; run ./try.sh first"),
+]
+
+Labels = NDArray[np.uint8]
+
+
+def scores(labels: Labels, truth: Labels) -> dict[str, float]:
+    return {organ.name: dsc(truth == organ.code, labels == organ.code) for organ in ORGANS}
+
+
+@pytest.fixture(scope="module")
+def cascade() -> Cascade:
+    return Cascade.load("cpu")
+
+
+@pytest.fixture(scope="module")
+def image() -> nib.Nifti1Image:
+    return load_image(CT)
+
+
+@pytest.fixture(scope="module")
+def truth() -> Labels:
+    return np.asarray(load_image(TRUTH).dataobj)
+
+
+@pytest.fixture(scope="module")
+def labels(cascade: Cascade, image: nib.Nifti1Image) -> Labels:
+    return np.asarray(cascade.segment(image).dataobj)
+
+
+def test_organs_are_found(labels: Labels, truth: Labels) -> None:
+    found = scores(labels, truth)
+    assert found["liver"] >= 0.92
+    assert found["kidney"] >= 0.88
+    assert found["spleen"] >= 0.92
+    assert found["pancreas"] > 0.3
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "SAR", "ILP", "PSR"])
+def test_axis_order_does_not_matter(
+    codes: str, cascade: Cascade, image: nib.Nifti1Image, truth: Labels, labels: Labels
+) -> None:
+    turn = nib.orientations.ornt_transform(
+        nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(tuple(codes))
+    )
+    turned = image.as_reoriented(turn)
+    found = cascade.segment(turned)
+    assert nib.aff2axcodes(found.affine) == tuple(codes)
+    back = nib.orientations.ornt_transform(nib.io_orientation(found.affine), nib.io_orientation(image.affine))
+    assert_close(scores(np.asarray(found.as_reoriented(back).dataobj), truth), scores(labels, truth))
+
+
+@pytest.mark.parametrize("degrees", [(0, 0, 25), (12, -10, 0), (15, 10, 40)])
+def test_oblique_grid_does_not_matter(
+    degrees: tuple[float, float, float], cascade: Cascade, image: nib.Nifti1Image, truth: Labels, labels: Labels
+) -> None:
+    oblique, sample_truth = rotate_grid(image, degrees)
+    found = np.asarray(cascade.segment(oblique).dataobj)
+    turned_truth = sample_truth(truth)
+    straight = scores(sample_truth(labels), turned_truth)
+    assert_close(scores(found, turned_truth), straight)
+
+
+def rotate_grid(
+    image: nib.Nifti1Image, degrees: tuple[float, float, float]
+) -> tuple[nib.Nifti1Image, Callable[[Labels], Labels]]:
+    """Sample the same patient on a grid turned about the scan's centre, large enough to lose none of it.
+
+    Returns the turned CT, and a function that samples label arrays on its grid.
+    """
+    about_x, about_y, about_z = np.radians(degrees)
+    turn = nib.eulerangles.euler2mat(about_z, about_y, about_x)
+    spacing = np.array([1.0, 1.0, 2.5])
+    straight = np.array(image.shape)
+    centre = (image.affine @ [*(straight - 1) / 2, 1])[:3]
+    corners = np.array([[i, j, k, 1] for i in (0, straight[0]) for j in (0, straight[1]) for k in (0, straight[2])])
+    reach = np.abs(((corners @ image.affine.T)[:, :3] - centre) @ turn).max(axis=0)
+    shape = tuple(int(n) for n in np.ceil(2 * reach / spacing))
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag(spacing)
+    affine[:3, 3] = centre - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    to_straight = np.linalg.inv(image.affine) @ affine
+
+    def sample(array: NDArray[np.generic], order: int, outside: float) -> NDArray[np.generic]:
+        result: NDArray[np.generic] = ndimage.affine_transform(
+            array, to_straight[:3, :3], to_straight[:3, 3], shape, order=order, mode="constant", cval=outside
+        )
+        return result
+
+    oblique = nib.Nifti1Image(sample(np.asarray(image.dataobj), 1, -1024), affine)
+    return oblique, lambda labels: sample(labels, 0, 0).astype(np.uint8)
+
+
+def assert_close(found: dict[str, float], expected: dict[str, float]) -> None:
+    for organ, score in expected.items():
+        assert found[organ] == pytest.approx(score, abs=0.01), organ
+
+
+def test_engines_agree(image: nib.Nifti1Image, labels: Labels) -> None:
+    pytest.importorskip("torch")
+    by_torch = np.asarray(Cascade.load("cpu", engine="torch").segment(image).dataobj)
+    assert (by_torch == labels).mean() > 0.999
+    # Most voxels are background: the organs themselves must agree as well.
+    assert min(scores(by_torch, labels).values()) > 0.998
+
+
+def test_repeats_bit_for_bit(cascade: Cascade, image: nib.Nifti1Image, labels: Labels) -> None:
+    np.testing.assert_array_equal(np.asarray(cascade.segment(image).dataobj), labels)
