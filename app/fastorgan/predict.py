@@ -193,7 +193,7 @@ def _write_preview(job: Job, image: nib.Nifti1Image, labels: nib.Nifti1Image, fo
     from .preview import write_preview
 
     path = job.target.with_name(f"{case_name(job.target)}.png")
-    write_preview(path, image, labels, name=case_name(job.source), roi=found.roi.box)
+    write_preview(path, image, labels, case=case_name(job.source), roi=found.roi.box)
 
 
 def _volumes_in(folder: Path) -> list[Path]:

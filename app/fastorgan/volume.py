@@ -113,7 +113,7 @@ def load_image(path: Path) -> nib.Nifti1Image:
         raise VolumeError(f"{path}: not a NIfTI file name (expected {' or '.join(SUFFIXES)})")
     try:
         image = nib.load(path)
-        if not isinstance(image, nib.Nifti1Pair):
+        if not isinstance(image, nib.Nifti1Image):
             raise VolumeError(f"{path}: not a NIfTI file")
         _check_stored_spacing(path, image)
     except VolumeError:
@@ -172,12 +172,11 @@ def label_image(labels: NDArray[np.uint8], like: nib.Nifti1Image) -> nib.Nifti1I
     """
     kind = nib.Nifti2Image if isinstance(like, nib.Nifti2Image) else nib.Nifti1Image
     if isinstance(like.header, nib.Nifti1Header):
-        header = like.header.copy()
-        header.extensions.clear()
-        image = kind(labels.reshape(like.shape), None, header)
+        image = kind(labels.reshape(like.shape), None, like.header)
     else:
         image = kind(labels.reshape(like.shape), like.affine)
     header: Any = image.header
+    header.extensions.clear()
     header.set_data_dtype(np.uint8)
     header.set_slope_inter(1.0, 0.0)
     header["cal_min"] = header["cal_max"] = 0
