@@ -170,9 +170,9 @@ def label_image(labels: NDArray[np.uint8], like: nib.Nifti1Image) -> nib.Nifti1I
     Returns:
         A uint8 image of `like`'s NIfTI version with slope 1 and intercept 0, without `like`'s texts and extensions.
     """
-    kind = nib.Nifti2Image if isinstance(like, nib.Nifti2Image) else nib.Nifti1Image
+    kind: Any = nib.Nifti2Image if isinstance(like, nib.Nifti2Image) else nib.Nifti1Image
     if isinstance(like.header, nib.Nifti1Header):
-        image = kind(labels.reshape(like.shape), None, like.header)
+        image: nib.Nifti1Image = kind(labels.reshape(like.shape), None, like.header)
     else:
         image = kind(labels.reshape(like.shape), like.affine)
     header: Any = image.header
