@@ -42,9 +42,7 @@ class Box:
         return cls((0.0, 0.0, 0.0), (float(z), float(y), float(x)))
 
 
-def extent_mm(
-    mask: NDArray[np.bool_], voxel: tuple[float, ...]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def extent_mm(mask: NDArray[np.bool_], voxel: tuple[float, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """First and last edge of a mask's foreground in mm from the array's corner, per axis.
 
     Raises:
@@ -74,11 +72,11 @@ def frame(
     """
     sizes = np.asarray(spacing, float)
     extent = np.asarray(shape, float) * sizes
-    low, high = start - MARGIN_MM, stop + MARGIN_MM
+    low, high = np.maximum(0.0, start - MARGIN_MM), np.minimum(extent, stop + MARGIN_MM)
     grow = np.maximum(0.0, np.asarray(LEAST_MM) - (high - low)) / 2
     low, high = low - grow, high + grow
     # Growth that the volume's end cuts off goes to the other side instead.
-    shift = np.clip(np.maximum(0.0, -low) - np.maximum(0.0, high - extent), -grow, grow)
+    shift = np.maximum(0.0, -low) - np.maximum(0.0, high - extent)
     low, high = np.maximum(0.0, low + shift), np.minimum(extent, high + shift)
     (z0, y0, x0), (z1, y1, x1) = low / sizes, high / sizes
     return Box((float(z0), float(y0), float(x0)), (float(z1), float(y1), float(x1)))
