@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fastorgan.box import Box
+from fastorgan.roi import locate
+
+SHAPE = (100, 100, 100)
+SPACING = (5.0, 5.0, 5.0)
+
+
+def mask(*pieces: tuple[slice, slice, slice], size: int = 50) -> NDArray[np.bool_]:
+    """A mask of `size` per axis; of 50 in a volume of 500 mm a sample has 10 mm."""
+    foreground = np.zeros((size, size, size), bool)
+    for piece in pieces:
+        foreground[piece] = True
+    return foreground
+
+
+def cube(first: int, last: int) -> tuple[slice, slice, slice]:
+    return (slice(first, last),) * 3
+
+
+def test_the_box_is_the_frame_of_the_foreground() -> None:
+    # 200 to 300 mm; with 20 mm on both sides grown to 180, 200 and 300 mm; in voxels of 5 mm.
+    roi = locate(mask(cube(20, 30)), SHAPE, SPACING)
+    assert roi.fallback is None
+    assert roi.box == Box((32, 30, 20), (68, 70, 80))
+
+
+def test_samples_and_voxels_may_differ_by_axis() -> None:
+    # 20 samples along z, 50 along y, 100 along x of 500, 400 and 600 mm: 25, 8 and 6 mm each.
+    foreground = np.zeros((20, 50, 100), bool)
+    foreground[8:14, 10:40, 20:80] = True
+    roi = locate(foreground, (50, 800, 400), (10.0, 0.5, 1.5))
+    # 200 to 350, 80 to 320 and 120 to 480 mm, each 20 wider on both sides.
+    assert roi.box.start == pytest.approx((18, 120, 100 / 1.5))
+    assert roi.box.stop == pytest.approx((37, 680, 500 / 1.5))
+
+
+@pytest.mark.parametrize(("axis", "bridge"), [(0, 4), (1, 6), (2, 14)])
+def test_a_near_piece_belongs_to_the_organs_and_a_far_one_does_not(axis: int, bridge: int) -> None:
+    # 200, 220 and 300 mm of organs; the bridge is 40, 60 and 140 mm; a sample has 10 mm, a voxel 5.
+    organs = (slice(2, 22), slice(2, 24), slice(2, 32))
+    last = organs[axis].stop
+
+    def stop(gap: int) -> float:
+        piece = list(organs)
+        piece[axis] = slice(last + gap, last + gap + 2)
+        return locate(mask(organs, (piece[0], piece[1], piece[2])), SHAPE, SPACING).box.stop[axis]
+
+    assert stop(bridge) == pytest.approx(min(10 * (last + bridge + 2) + 20, 500) / 5)
+    assert stop(bridge + 1) == pytest.approx((10 * last + 20) / 5)
+
+
+def test_nothing_found_takes_the_whole_volume_and_says_so() -> None:
+    roi = locate(mask(), SHAPE, SPACING)
+    assert roi.box == Box.whole(SHAPE)
+    assert roi.fallback == "only 0 ml of organs found at low resolution"
+
+
+def test_too_little_found_takes_the_whole_volume() -> None:
+    # 19 samples of 1 ml are too little, 20 are enough.
+    few = mask((slice(20, 22), slice(20, 23), slice(20, 23)), (slice(22, 23), slice(20, 21), slice(20, 21)))
+    assert few.sum() == 19
+    roi = locate(few, SHAPE, SPACING)
+    assert roi.box == Box.whole(SHAPE)
+    assert roi.fallback == "only 19 ml of organs found at low resolution"
+    few[22, 20, 21] = True
+    assert locate(few, SHAPE, SPACING).fallback is None
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_thin_sheet_takes_the_whole_volume(axis: int) -> None:
+    piece = [slice(10, 40)] * 3
+    piece[axis] = slice(20, 21)
+    roi = locate(mask((piece[0], piece[1], piece[2])), SHAPE, SPACING)
+    assert roi.box == Box.whole(SHAPE)
+    assert roi.fallback == "organs found at low resolution are only 10 mm thick"
+    piece[axis] = slice(20, 22)
+    assert locate(mask((piece[0], piece[1], piece[2])), SHAPE, SPACING).fallback is None
+
+
+def test_crumbs_far_apart_do_not_add_up() -> None:
+    # Four pieces of 8 ml, 80 mm apart in height and so out of reach.
+    crumbs = mask(cube(0, 2), cube(10, 12), cube(20, 22), cube(30, 32))
+    assert locate(crumbs, SHAPE, SPACING).fallback == "only 8 ml of organs found at low resolution"
