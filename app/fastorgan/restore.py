@@ -5,6 +5,7 @@ labels would leave steps (the paper blames those for its NSD). One organ at a ti
 where the organ is: no array of the scan's size is made but the labels themselves.
 """
 
+import math
 from collections.abc import Mapping
 from itertools import product
 
@@ -37,19 +38,22 @@ def restore_labels(margins: Mapping[int, NDArray[np.float32]], box: Box, volume:
     return labels
 
 
-def _reach(margin: NDArray[np.float32]) -> list[tuple[int, int]]:
-    """First and one past the last sample per axis that can make a voxel positive: the organ and its neighbours."""
+def _reach(margin: NDArray[np.float32], widths: tuple[float, ...]) -> list[tuple[int, int]]:
+    """First and one past the last sample per axis that can make a voxel positive: the organ and a kernel's width."""
     won = margin > 0
     reach = []
     for axis, length in enumerate(margin.shape):
         used = np.flatnonzero(won.any(axis=tuple(a for a in range(3) if a != axis)))
-        reach.append((max(0, int(used[0]) - 1), min(length, int(used[-1]) + 2)))
+        wide = math.ceil(widths[axis])
+        reach.append((max(0, int(used[0]) - wide), min(length, int(used[-1]) + 1 + wide)))
     return reach
 
 
 def _paint(view: NDArray[np.uint8], code: int, margin: NDArray[np.float32], box: Box) -> None:
     weights, targets, sources = [], [], []
-    for axis, (first, last) in enumerate(_reach(margin)):
+    # In samples; more than 1 where voxels are larger than samples, as thick slices are.
+    widths = tuple(max(1.0, n / size) for n, size in zip(margin.shape, box.size, strict=True))
+    for axis, (first, last) in enumerate(_reach(margin, widths)):
         length, start, size = margin.shape[axis], box.start[axis], box.size[axis]
         # Voxels whose centres lie between the outermost samples used, clipped to the box.
         low = max(int(np.floor(start + first * size / length)), int(np.ceil(start - 0.5)))
@@ -82,7 +86,8 @@ def _paint_oblique(
     to_samples[:3, :3] = np.diag(scale)
     to_samples[:3, 3] = (0.5 - np.asarray(box.start)) * scale - 0.5
     matrix = to_samples @ upright
-    corners = np.array([[z, y, x, 1.0] for z, y, x in product(*_reach(margin))])
+    edges = [(first - 0.5, last - 0.5) for first, last in _reach(margin, (1.0, 1.0, 1.0))]
+    corners = np.array([[z, y, x, 1.0] for z, y, x in product(*edges)])
     there = (corners @ np.linalg.inv(matrix).T)[:, :3]
     low = np.maximum(0, np.floor(there.min(axis=0)).astype(int) - 1)
     high = np.minimum(view.shape, np.ceil(there.max(axis=0)).astype(int) + 2)
@@ -92,5 +97,9 @@ def _paint_oblique(
     for z in range(int(low[0]), int(high[0])):
         offset = matrix[:3, :3] @ (z, low[1], low[2]) + matrix[:3, 3]
         size = (1, int(high[1] - low[1]), int(high[2] - low[2]))
-        plane = ndimage.affine_transform(margin, matrix[:3, :3], offset, size, order=1, mode="constant", cval=-1.0)
-        view[z, rows, columns][plane[0] > 0] = code
+        # The outermost samples hold up to the box's faces, half a sample further out.
+        plane = ndimage.affine_transform(margin, matrix[:3, :3], offset, size, order=1, mode="nearest")
+        won = np.argwhere(plane[0] > 0)
+        at = won @ matrix[:3, 1:3].T + offset
+        won = won[((at >= -0.5) & (at < np.subtract(margin.shape, 0.5))).all(axis=1)]
+        view[z, rows, columns][won[:, 0], won[:, 1]] = code
