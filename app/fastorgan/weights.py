@@ -34,16 +34,19 @@ class Weights:
         """Open `folder`, or the weights that came with fastorgan.
 
         Raises:
-            WeightsError: if there is no manifest, or it is not readable.
+            WeightsError: if there is no manifest, or it is not one of weights.
         """
         places = _PLACES if folder is None else (folder,)
         for place in places:
             path = place / MANIFEST
             if path.is_file():
                 try:
-                    return cls(place, json.loads(path.read_text(encoding="utf-8")))
+                    manifest = json.loads(path.read_text(encoding="utf-8"))
                 except (OSError, ValueError) as error:
                     raise WeightsError(f"{path}: not a readable manifest ({error})") from error
+                if not _is_manifest(manifest):
+                    raise WeightsError(f"{path}: not a manifest of weights; install fastorgan anew or mend it")
+                return cls(place, manifest)
         raise WeightsError(f"{places[0] / MANIFEST}: no weights here; install fastorgan anew or name their folder")
 
     @property
@@ -58,7 +61,13 @@ class Weights:
         return {name: str(digest) for network in networks for name, digest in network["sha256"].items()}
 
     def variant(self, network: str) -> str:
-        """Which variant of a network the weights are for, such as "slim"."""
+        """Which variant of a network the weights are for, such as "slim".
+
+        Raises:
+            WeightsError: if the manifest does not have the network.
+        """
+        if network not in self.manifest["networks"]:
+            raise WeightsError(f"{self.folder / MANIFEST}: holds no network {network!r}")
         return str(self.manifest["networks"][network]["variant"])
 
     def read(self, network: str, suffix: str) -> bytes:
@@ -81,3 +90,16 @@ class Weights:
                 f"{path}: is not the released file (SHA-256 {found[:12]}…, expected {expected[:12]}…); install it anew"
             )
         return content
+
+
+def _is_manifest(content: Any) -> bool:
+    """Whether parsed JSON has the manifest's keys; which networks it holds is not looked at."""
+    return (
+        isinstance(content, dict)
+        and "version" in content
+        and isinstance(content.get("networks"), dict)
+        and all(
+            isinstance(network, dict) and "variant" in network and isinstance(network.get("sha256"), dict)
+            for network in content["networks"].values()
+        )
+    )
