@@ -196,5 +196,8 @@ def _cuda_likely() -> bool:
         return False
     try:
         return len(nvml.uuids()) > 0
+    except Exception:
+        # Whatever ails the driver, the CPU is there.
+        return False
     finally:
         nvml.close()
