@@ -2,7 +2,6 @@ from collections.abc import Mapping
 
 import nibabel as nib
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
