@@ -12,7 +12,14 @@ class ConvUnit(nn.Sequential):
     """
 
     def __init__(
-        self, channels_in: int, channels_out: int, kernel: int = 3, *, stride: int = 1, relu: bool = True, drop: float = 0.0
+        self,
+        channels_in: int,
+        channels_out: int,
+        kernel: int = 3,
+        *,
+        stride: int = 1,
+        relu: bool = True,
+        drop: float = 0.0,
     ) -> None:
         layers: list[nn.Module] = [
             nn.Conv3d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=False),
@@ -45,7 +52,7 @@ def parameter_count(network: nn.Module) -> int:
 
 
 def mac_count(network: nn.Module, x: Tensor) -> int:
-    """Multiply-accumulates of the convolutions in one forward pass over `x`; batch norm and interpolation not counted."""
+    """Multiply-accumulates of all convolutions in one forward pass over `x`; batch norm and resizing do not count."""
     total = 0
 
     def count(module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
