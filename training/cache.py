@@ -4,6 +4,8 @@ Two files a case: NAME.organs.npz, the surroundings of the organs at 1.5 mm and 
 NAME.roi.npz, the whole volume at 3 mm. `fit` reads nothing else and needs only numpy and torch.
 """
 
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,15 +53,25 @@ class CachedVolume:
     organs_mm: NDArray[np.float64]
 
     def save(self, path: Path) -> None:
-        """Write one compressed npz file."""
-        np.savez_compressed(path, **self.__dict__)
+        """Write one compressed npz file, whole or not at all."""
+        partial = path.with_name(f"{path.name}.partial")
+        with partial.open("wb") as stream:
+            np.savez_compressed(stream, **self.__dict__)
+        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "CachedVolume":
-        """Read what `save` wrote."""
-        with np.load(path) as stored:
-            values = {key: stored[key] for key in stored.files}
-        return cls(**{**values, "name": str(values["name"]), "patient": str(values["patient"])})
+        """Read what `save` wrote.
+
+        Raises:
+            DataError: if the file is damaged or is something else.
+        """
+        try:
+            with np.load(path) as stored:
+                values = {key: stored[key] for key in stored.files}
+            return cls(**{**values, "name": str(values["name"]), "patient": str(values["patient"])})
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(f"{path}: damaged, or not a cache file; run `python -m training prepare` again") from error
 
 
 def prepare(cases: list[Case], out: Path) -> Iterator[Case]:
@@ -100,10 +112,11 @@ def cache_case(case: Case) -> tuple[CachedVolume, CachedVolume]:
     volume, mask = read_volume(image, str(case.image)), read_volume(marked, str(case.labels))
     if volume.grid.upright is not None:
         raise DataError(f"{case.image}: oblique; resample it and its labels along the patient's axes first")
-    labels = np.rint(mask.array * mask.slope + mask.intercept).astype(np.uint8)
-    known = (labels < CLASSES) | (labels == IGNORE)
-    if not known.all():
+    # Checked before they are cast: 256 or -1 would wrap to a code that is allowed.
+    marks = np.rint(mask.array.astype(np.float32) * np.float32(mask.slope) + np.float32(mask.intercept))
+    if not np.isin(marks, (*range(CLASSES), IGNORE)).all():
         raise DataError(f"{case.labels}: holds labels other than 0 to {CLASSES - 1} and {IGNORE}")
+    labels = marks.astype(np.uint8)
     foreground = (labels > 0) & (labels != IGNORE)
     if not foreground.any():
         raise DataError(f"{case.labels}: holds no organ")
@@ -164,5 +177,3 @@ def _resize_labels(codes: NDArray[np.uint8], size: tuple[int, int, int]) -> NDAr
         result[better] = code
         best[better] = share[better]
     return result
-
-
