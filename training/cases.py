@@ -3,6 +3,7 @@
 import csv
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from fastorgan.errors import FastorganError
@@ -35,7 +36,8 @@ def find_cases(data: Path) -> list[Case]:
     columns name,patient may group volumes by patient.
 
     Raises:
-        DataError: if the folder has no known layout or no case, or an image has no label.
+        DataError: if the folder has no known layout or no case, an image has no label, two images share a name, or
+            patients.csv lacks a column.
     """
     for images, labels in LAYOUTS:
         if (data / images).is_dir() and (data / labels).is_dir():
@@ -51,6 +53,10 @@ def find_cases(data: Path) -> list[Case]:
         if not label.is_file():
             raise DataError(f"{image}: there is no label file {label}")
         cases.append(Case(name, patients.get(name, patient_of(name)), image, label))
+    cases.sort(key=lambda case: case.name)
+    for first, second in pairwise(cases):
+        if first.name == second.name:
+            raise DataError(f"{first.image} and {second.image}: two images for one case")
     if not cases:
         raise DataError(f"{data / images}: no *.nii.gz files")
     return cases
@@ -66,15 +72,18 @@ def split_fold(patients: list[str], fold: int, folds: int) -> set[str]:
     """Patients that fold `fold` of `folds` leaves out: every `folds`-th of the sorted names.
 
     Raises:
-        ValueError: if there is no such fold.
+        DataError: if there is no such fold.
     """
     if not 0 <= fold < folds:
-        raise ValueError(f"there is no fold {fold} of {folds}")
+        raise DataError(f"there is no fold {fold} of {folds}; folds count from 0")
     return set(sorted(set(patients))[fold::folds])
 
 
 def _patients(path: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
-    with path.open(newline="") as lines:
-        return {row["name"]: row["patient"] for row in csv.DictReader(lines)}
+    with path.open(newline="", encoding="utf-8-sig") as lines:
+        rows = csv.DictReader(lines)
+        if not {"name", "patient"} <= set(rows.fieldnames or ()):
+            raise DataError(f"{path}: needs the columns name and patient in its first line")
+        return {row["name"]: row["patient"] for row in rows}
