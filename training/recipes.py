@@ -4,7 +4,35 @@ from dataclasses import dataclass, field
 
 from fastorgan.box import CROP_SIZE, ROI_SIZE
 
-from .sampling import Augmentation
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How strongly samples are disturbed; standard deviations unless said otherwise.
+
+    Attributes:
+        face_mm: error of each face of the organs' extent before it is framed.
+        cut: chance that the scan is cut short at one or both ends (z); a fifth of it at the sides (x).
+        turn_degrees: rotation about z; half of it about the other axes.
+        stretch: relative scale error per axis.
+        bend_mm: displacement of the knots of a random field, about 40 mm apart, before it is smoothed.
+        gamma: of the window's values, log scale.
+        shift_hu, contrast: of the whole volume.
+        organ_hu: of each organ by itself.
+        noise_hu: upper limit of white noise.
+        blur: chance of a blur, in plane or along z (thick slices).
+    """
+
+    face_mm: float = 7.0
+    cut: float = 0.35
+    turn_degrees: float = 8.0
+    stretch: float = 0.08
+    bend_mm: float = 5.0
+    gamma: float = 0.12
+    shift_hu: float = 15.0
+    contrast: float = 0.10
+    organ_hu: float = 15.0
+    noise_hu: float = 30.0
+    blur: float = 0.3
 
 
 @dataclass(frozen=True)
@@ -21,7 +49,8 @@ class Recipe:
         warm_up: steps over which the rate rises from zero.
         average: decay of the exponential moving average of the weights that is exported; 0 exports the last weights.
         freeze_norm: progress from which batch norm uses its running statistics, as inference does; 1 never.
-        steps: default length; the paper has 600 epochs of one step per case.
+        steps, epochs: default length; the paper has 600 epochs of one step per case.
+        weight_decay: of every parameter.
         augmentation: strengths for augment="torch".
     """
 

@@ -6,9 +6,11 @@ errors that a ROI net makes, in a scan that may be cut shorter than it is.
 
 import math
 from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastorgan.box import ROI_SIZE, frame
@@ -17,38 +19,12 @@ from fastorgan.labels import CLASSES, IGNORE
 from fastorgan.resample import axis_weights
 
 from .cache import CachedVolume
+from .recipes import Augmentation
+
+Vector = NDArray[np.float64]
+"""Three numbers in the order (z, y, x)."""
 
 HU_SPAN = WINDOW_HU[1] - WINDOW_HU[0]
-
-
-@dataclass(frozen=True)
-class Augmentation:
-    """How strongly samples are disturbed; standard deviations unless said otherwise.
-
-    Attributes:
-        face_mm: error of each face of the organs' extent before it is framed.
-        cut: chance that the scan is cut short at one or both ends (z); a fifth of it at the sides (x).
-        turn_degrees: rotation about z; half of it about the other axes.
-        stretch: relative scale error per axis.
-        bend_mm: displacement of a smooth random field, at points about 60 mm apart.
-        gamma: of the window's values, log scale.
-        shift_hu, contrast: of the whole volume.
-        organ_hu: of each organ by itself.
-        noise_hu: upper limit of white noise.
-        blur: chance of a blur, in plane or along z (thick slices).
-    """
-
-    face_mm: float = 7.0
-    cut: float = 0.35
-    turn_degrees: float = 8.0
-    stretch: float = 0.08
-    bend_mm: float = 5.0
-    gamma: float = 0.12
-    shift_hu: float = 15.0
-    contrast: float = 0.10
-    organ_hu: float = 15.0
-    noise_hu: float = 30.0
-    blur: float = 0.3
 
 
 @dataclass
@@ -63,6 +39,14 @@ class Scan:
     def to_device(cls, source: CachedVolume, device: torch.device) -> "Scan":
         """Put a cached volume on `device`."""
         return cls(source, torch.from_numpy(source.image).to(device), torch.from_numpy(source.labels).to(device))
+
+
+class Sampler(Protocol):
+    """Draws training samples from a scan."""
+
+    def draw(self, scan: Scan) -> tuple[Tensor, Tensor]:
+        """One sample of `scan`: the network's input, and the target."""
+        ...
 
 
 class OrganSampler:
@@ -88,9 +72,9 @@ class OrganSampler:
         if self.augmentation is not None:
             organs = torch.where(codes < CLASSES, codes, 0)
             unit = recolour(unit, self.augmentation, self.random, organs)
-        return to_network(unit), codes
+        return centred(unit), codes
 
-    def _box(self, source: CachedVolume) -> tuple[np.ndarray, np.ndarray]:
+    def _box(self, source: CachedVolume) -> tuple[Vector, Vector]:
         """First and last edge of the sample in mm from the scan's corner."""
         start, stop = source.organs_mm
         floor, roof = np.zeros(3), source.scan_mm.copy()
@@ -102,7 +86,7 @@ class OrganSampler:
         box = frame(start - floor, stop - floor, tuple(roof - floor), (1.0, 1.0, 1.0))
         return np.asarray(box.start) + floor, np.asarray(box.stop) + floor
 
-    def _cut(self, source: CachedVolume) -> tuple[np.ndarray, np.ndarray]:
+    def _cut(self, source: CachedVolume) -> tuple[Vector, Vector]:
         """Ends of a scan that shows only part of the organs, in mm (z, y, x)."""
         assert self.augmentation is not None
         floor, roof = np.zeros(3), source.scan_mm.copy()
@@ -118,7 +102,7 @@ class OrganSampler:
                     roof[axis] = stop[axis] - gone * (1 - share)
         return floor, roof
 
-    def _grid(self, scan: Scan, low: np.ndarray, high: np.ndarray) -> Tensor:
+    def _grid(self, scan: Scan, low: Vector, high: Vector) -> Tensor:
         """Where in the cached array each voxel of the sample lies, in torch's [-1, 1] (x, y, z)."""
         device = scan.image.device
         half = (high - low) / 2
@@ -132,8 +116,8 @@ class OrganSampler:
         points = points @ torch.as_tensor(matrix.T, dtype=torch.float32, device=device)
         if self.augmentation is not None and self.augmentation.bend_mm > 0:
             knots = [max(2, round(float(2 * h) / 60)) + 3 for h in half]
-            field = torch.from_numpy(self.random.normal(0, self.augmentation.bend_mm, (1, 3, *knots)).astype(np.float32))
-            field = smooth_enlarge(field.to(device), self.size)
+            bends = self.random.normal(0, self.augmentation.bend_mm, (1, 3, *knots)).astype(np.float32)
+            field = smooth_enlarge(torch.from_numpy(bends).to(device), self.size)
             points = points + field[0].permute(1, 2, 3, 0)
         centre = (low + high) / 2 - scan.source.origin_mm
         cached_mm = scan.source.spacing * scan.source.image.shape
@@ -167,9 +151,9 @@ class RoiSampler:
             if self.random.random() < 0.6:
                 unit, share = self._turn(unit, share, (high - low) * scan.source.spacing)
             unit = recolour(unit, self.augmentation, self.random, (share[:, 0] > 0.5).long())
-        return to_network(unit), share
+        return centred(unit), share
 
-    def _view(self, source: CachedVolume) -> tuple[np.ndarray, np.ndarray]:
+    def _view(self, source: CachedVolume) -> tuple[Vector, Vector]:
         """First and last edge of a random field of view, in voxels of the cached array."""
         shape = np.asarray(source.image.shape, float)
         start, stop = source.organs_mm / source.spacing
@@ -198,7 +182,7 @@ class RoiSampler:
                 low[axis], high[axis] = self.random.uniform(0, room), shape[axis] - self.random.uniform(0, room)
         return low, high
 
-    def _turn(self, unit: Tensor, share: Tensor, extent: np.ndarray) -> tuple[Tensor, Tensor]:
+    def _turn(self, unit: Tensor, share: Tensor, extent: Vector) -> tuple[Tensor, Tensor]:
         assert self.augmentation is not None
         turns = self.random.normal(0, 1, 3) * np.radians(self.augmentation.turn_degrees) * (1.0, 0.7, 0.7)
         scale = np.exp(self.random.normal(0, self.augmentation.stretch, 3))
@@ -251,7 +235,7 @@ def _blur(unit: Tensor, random: np.random.Generator) -> Tensor:
     return torch.lerp(unit, smooth, float(random.uniform(0.3, 1.0)))
 
 
-def rotation(turns: np.ndarray) -> np.ndarray:
+def rotation(turns: Vector) -> NDArray[np.float64]:
     """Matrix of rotations by `turns` radians about z, y and x, for vectors (z, y, x)."""
     about_z, about_y, about_x = (float(t) for t in turns)
     result = np.eye(3)
@@ -264,8 +248,11 @@ def rotation(turns: np.ndarray) -> np.ndarray:
 
 
 def smooth_enlarge(field: Tensor, size: tuple[int, int, int]) -> Tensor:
-    """Enlarge a coarse (1, C, d, h, w) field to `size` smoothly, leaving out its outermost knots."""
-    middle = tuple(max(2, n // 8) for n in size)
+    """Enlarge a coarse (1, C, d, h, w) field to `size` smoothly; its outermost knots lie at the ends.
+
+    Smoothing averages knots: of independent ones about a third of the standard deviation is left.
+    """
+    middle = tuple(max(3, n // 8) for n in size)
     field = torch.nn.functional.interpolate(field, size=middle, mode="trilinear", align_corners=True)
     field = torch.nn.functional.avg_pool3d(field, 3, 1, 1, count_include_pad=False)
     return torch.nn.functional.interpolate(field, size=size, mode="trilinear", align_corners=True)
@@ -274,3 +261,8 @@ def smooth_enlarge(field: Tensor, size: tuple[int, int, int]) -> Tensor:
 def nn_sample(array: Tensor, grid: Tensor, mode: str, padding: str) -> Tensor:
     """`grid_sample` with voxel edges at -1 and 1."""
     return torch.nn.functional.grid_sample(array, grid, mode=mode, padding_mode=padding, align_corners=False)
+
+
+def centred(unit: Tensor) -> Tensor:
+    """`fastorgan.intensity.to_network` of a tensor, which its arithmetic allows though it is typed for arrays."""
+    return cast(Tensor, to_network(cast(Any, unit)))
