@@ -1,11 +1,13 @@
 """The paper's augmentation: rotation, scaling and Gaussian noise, through batchgenerators.
 
-He & Luo name the three kinds and the framework's library but no amplitudes; those here are nnU-Net's, whose habits the
-paper follows: 30 degrees about z, 0.7 to 1.4 in scale, each in a fifth of the samples, noise variance to 0.1 in a tenth.
+He & Luo name the three kinds and the framework's library but no amplitudes; those here are nnU-Net's, whose habits
+the paper follows: 30 degrees about z, 0.7 to 1.4 in scale, each in a fifth of the samples, noise variance to 0.1 in a
+tenth.
 """
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fastorgan.box import Box, frame
@@ -26,7 +28,8 @@ NOISE_CHANCE = 0.1
 class PaperSampler:
     """Samples as `sampling.OrganSampler` draws them, augmented on the CPU by batchgenerators.
 
-    The box is the labels' own. batchgenerators draws from numpy's global generator, which is seeded here.
+    The box is the labels' own. batchgenerators draws from numpy's global generator, which every draw seeds anew from
+    `generator`: the state of that one decides all samples to come, so that a resumed run goes on as it would have.
     """
 
     def __init__(self, size: tuple[int, int, int], generator: np.random.Generator):
@@ -34,8 +37,8 @@ class PaperSampler:
         from batchgenerators.transforms.noise_transforms import GaussianNoiseTransform
         from batchgenerators.transforms.spatial_transforms import SpatialTransform
 
-        np.random.seed(int(generator.integers(2**31)))  # noqa: NPY002  batchgenerators knows no other
         self.size = size
+        self.random = generator
         # batchgenerators calls the first array axis x: that is z here.
         self.transform = Compose(
             [
@@ -61,13 +64,14 @@ class PaperSampler:
     def draw(self, scan: Scan) -> tuple[Tensor, Tensor]:
         """One sample of `scan`: image (1, 1, *size) in the networks' range, labels (1, *size) int64."""
         image, codes = boxed(scan.source, self.size)
+        np.random.seed(int(self.random.integers(2**31)))  # noqa: NPY002  batchgenerators knows no other
         batch = self.transform(data=to_network(image)[None, None], seg=codes[None, None].astype(np.float32))
         device = scan.image.device
         labels = torch.from_numpy(np.rint(batch["seg"][:, 0]).astype(np.int64))
         return torch.from_numpy(batch["data"].astype(np.float32)).to(device), labels.to(device)
 
 
-def boxed(source: CachedVolume, size: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
+def boxed(source: CachedVolume, size: tuple[int, int, int]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """The labels' own box at `size`: values in [0, 1], and the nearest codes."""
     start, stop = source.organs_mm
     shape = tuple(np.rint(source.scan_mm / source.spacing).astype(int))
