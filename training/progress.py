@@ -41,7 +41,10 @@ class Progress:
         left = f"{(now - since) / gained * (1 - share) / 60:.0f} min left" if gained > 0 else ""
         of = f"/{self.steps}" if self.steps else ""
         line = f"{self.name}: step {self.step}{of}, {share:.1%}, loss {loss:.4f} {left}"
-        print(f"\r{line:<78}" if self.terminal else line, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
+        if self.terminal:
+            print(f"\r{line:<78}", end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
