@@ -1,9 +1,13 @@
 """The command `fastorgan`, also `python -m fastorgan`."""
 
 import argparse
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from . import __version__
 from .errors import FastorganError
@@ -12,21 +16,53 @@ EXIT_CODES = """\
 exit codes:
   0    every case is done
   2    bad input or usage: each failed case has one line on standard error, the others are done
-  130  interrupted"""
+  130  interrupted (Ctrl-C)
+  143  terminated (SIGTERM)"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(argv)
     try:
-        code: int = options.run(options)
+        with _terminable():
+            code: int = options.run(options)
     except FastorganError as error:
         print(f"fastorgan: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("fastorgan: interrupted", file=sys.stderr)
         return 130
+    except _Terminated:
+        print("fastorgan: terminated", file=sys.stderr)
+        return 143
     return code
+
+
+class _Terminated(BaseException):
+    """SIGTERM came; no `except Exception` on the way may take it for a case's failure."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that no half-written file stays.
+
+    The first process of a container needs this to stop at all: Linux drops signals that it has no handler for.
+    """
+    # Python delivers signals to the main thread alone; whoever calls `main` from another one keeps theirs.
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        # None: a handler that was not set by Python, and that Python cannot set again.
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
 
 
 def _parser() -> argparse.ArgumentParser:
