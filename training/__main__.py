@@ -2,13 +2,24 @@
 
 import argparse
 import dataclasses
+import importlib.util
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastorgan.errors import FastorganError
+from fastorgan.errors import DeviceError, FastorganError
 
 from .recipes import PRESETS
+
+_HELP = argparse.RawDescriptionHelpFormatter
+
+EXIT_CODES = """\
+exit codes:
+  0    done, or the slice is used up
+  2    bad input or usage, one line on standard error
+  130  interrupted (Ctrl-C); `fit` has saved its checkpoint
+  143  terminated (SIGTERM); `fit` has saved its checkpoint"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,16 +28,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         code: int = options.run(options)
-    except FastorganError as error:
+    except (FastorganError, OSError) as error:
         print(f"training: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("training: interrupted", file=sys.stderr)
         return 130
     return code
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m training", description=__doc__, epilog=EXIT_CODES, formatter_class=_HELP
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     prepare = commands.add_parser(
@@ -41,24 +55,29 @@ def _parser() -> argparse.ArgumentParser:
     fit = commands.add_parser(
         "fit",
         help="train a network from the cache",
-        epilog="example: python -m training fit organs --data runs/cache --out runs/organs --minutes 90; "
-        "the same command again resumes an unfinished run",
+        epilog="example: python -m training fit organs --data runs/cache --out runs/organs --minutes 90\n\n"
+        "The same command again resumes an unfinished run. The folder of the run holds checkpoint.pt and log.csv.",
+        formatter_class=_HELP,
     )
     fit.add_argument("network", choices=("roi", "organs"))
     fit.add_argument("--data", type=Path, required=True, help="cache folder")
     fit.add_argument("--out", type=Path, required=True, help="folder of this run's checkpoint and log")
-    fit.add_argument("--preset", choices=sorted(PRESETS), default="light")
-    fit.add_argument("--variant", choices=("slim", "paper"), default="slim", help="of the ROI net")
-    fit.add_argument("--size", type=int, nargs=3, metavar=("Z", "Y", "X"), help="samples of the crop (multiples of 8)")
-    fit.add_argument("--rate", type=float, help="initial learning rate, instead of the preset's")
-    fit.add_argument("--steps", type=int, help="length of the whole run")
-    fit.add_argument("--minutes", type=float, help="length of the whole run, over all its slices")
-    fit.add_argument("--slice", type=float, metavar="MINUTES", help="stop after so long, to be resumed")
-    fit.add_argument("--fold", type=int, nargs=2, metavar=("K", "N"), help="leave out every N-th patient from the K-th")
-    fit.add_argument("--init", type=Path, help="checkpoint to take the weights from")
-    fit.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    fit.add_argument("--threads", type=int, help="CPU threads")
-    fit.add_argument("--seed", type=int, default=0)
+    fit.add_argument("--preset", choices=sorted(PRESETS), default="light", help="of the recipe (default: light)")
+    fit.add_argument("--variant", choices=("slim", "paper"), default="slim", help="of the ROI net (default: slim)")
+    fit.add_argument(
+        "--size", type=_count, nargs=3, metavar=("Z", "Y", "X"), help="samples of the organ net's crop, multiples of 8"
+    )
+    fit.add_argument("--rate", type=_amount, help="initial learning rate, instead of the preset's")
+    fit.add_argument("--steps", type=_count, help="length of the whole run, over all its slices")
+    fit.add_argument("--minutes", type=_amount, help="length of the whole run; with --steps whichever ends first")
+    fit.add_argument("--slice", type=_amount, metavar="MINUTES", help="stop after so long, to be resumed")
+    fit.add_argument(
+        "--fold", type=int, nargs=2, metavar=("K", "N"), help="leave out every N-th patient from the K-th, K from 0"
+    )
+    fit.add_argument("--init", metavar="FILE", type=Path, help="checkpoint that a new run takes its weights from")
+    fit.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    fit.add_argument("--threads", type=_count, help="CPU threads (default: torch's choice)")
+    fit.add_argument("--seed", type=int, default=0, help="of initialisation, order and augmentation (default: 0)")
     fit.set_defaults(run=_fit)
 
     export = commands.add_parser(
@@ -85,10 +104,13 @@ def _prepare(options: argparse.Namespace) -> int:
 
 
 def _fit(options: argparse.Namespace) -> int:
+    _need_torch()
     import torch
 
-    from .fit import Plan, Run
+    from .fit import Plan, PlanError, Run
 
+    if options.size and options.network == "roi":
+        raise PlanError("the ROI net's size is fixed; leave out --size")
     if options.threads:
         torch.set_num_threads(options.threads)
     changes = {"size": tuple(options.size) if options.size else None, "rate": options.rate}
@@ -107,17 +129,44 @@ def _fit(options: argparse.Namespace) -> int:
         device=options.device,
         seed=options.seed,
     )
-    Run(plan).fit()
-    return 0
+    run = Run(plan)
+    stopped = run.fit()
+    if stopped is None:
+        return 0
+    print(
+        f"training: stopped by {stopped.name}, saved at step {run.step}; the same command goes on from there",
+        file=sys.stderr,
+    )
+    return 128 + stopped
 
 
 def _export(options: argparse.Namespace) -> int:
+    _need_torch()
+    from .checkpoint import CHECKPOINT
     from .export import export
-    from .fit import CHECKPOINT
 
     difference = export(options.network, options.folder / CHECKPOINT, options.out, options.version)
     print(f"{options.out}: {options.network} exported; engines differ by at most {difference:.2e} of the logits' SD")
     return 0
+
+
+def _need_torch() -> None:
+    if importlib.util.find_spec("torch") is None:
+        raise DeviceError("training needs torch: pip install 'fastorgan[train]'")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _amount(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
 
 
 if __name__ == "__main__":

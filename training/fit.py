@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +12,39 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastorgan.errors import FastorganError
 from fastorgan.labels import ORGANS
 from fastorgan.networks import DenseVNet, RoiUNet, SlimRoiUNet
+from fastorgan.runtime import TorchRuntime, resolve_device
 
 from .cache import load_cache
 from .cases import DataError, split_fold
+from .checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from .losses import cross_entropy, dice, focal, foreground_loss
 from .progress import Progress
 from .recipes import Recipe, sized
-from .sampling import OrganSampler, RoiSampler, Scan
+from .sampling import OrganSampler, RoiSampler, Sampler, Scan
+from .stopping import StopRequest
 
-CHECKPOINT = "checkpoint.pt"
 LOG = "log.csv"
+LOG_EVERY = 50
 SAVE_EVERY_S = 120.0
 VALIDATE_PARTS = 12
+
+SIDE_STEP = 8
+"""Sides of a crop are multiples of this: the organ net halves them three times."""
+
+LEAST_SIDE = 24
+"""Sides of a crop have at least this. 16 would leave the deepest stack a depth of two voxels, where torch 2.13's bf16
+convolution on a CPU takes weight gradients from memory that was never written."""
+
+
+class PlanError(FastorganError):
+    """A run is asked for something that makes no sense."""
+
+
+class DivergedError(FastorganError):
+    """A run's gradients are no longer finite numbers."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +61,11 @@ class Plan:
         slice_minutes: stop this process after so long, to be resumed later on the same schedule.
         fold: (k, n) leaves out every n-th patient, from the k-th, and validates on them; None trains on all.
         init: checkpoint whose exported weights to start from.
-        device: torch's name of it.
+        device: "cpu", "cuda" or "cuda:N".
         seed: of initialisation, order and augmentation.
+
+    Raises:
+        PlanError: if a length is not positive, or the recipe's size does not suit the network.
     """
 
     network: str
@@ -58,6 +80,15 @@ class Plan:
     init: Path | None = None
     device: str = "cpu"
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, length in (("steps", self.steps), ("minutes", self.minutes)):
+            if length is not None and not length > 0:
+                raise PlanError(f"{length} {name}: the length of a run must be positive")
+        size = sized(self.recipe.size, self.network)
+        if any(side < LEAST_SIDE or side % SIDE_STEP for side in size):
+            shown = " x ".join(map(str, size))
+            raise PlanError(f"size {shown}: sides must be multiples of {SIDE_STEP}, from {LEAST_SIDE}")
 
 
 def build(network: str, variant: str, drop: float) -> nn.Module:
@@ -86,11 +117,17 @@ class Average:
 
 
 class Run:
-    """One training run; `fit()` goes on until its length, or the slice, is used up."""
+    """One training run; `fit()` goes on until its length, or the slice, is used up.
+
+    Raises:
+        DataError: if there is no cache, every patient is left out, a checkpoint cannot be read, or the folder holds
+            another run.
+        DeviceError: if there is no such device.
+    """
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.device = torch.device(plan.device)
+        self.device = TorchRuntime(resolve_device(plan.device, "torch")).device
         torch.manual_seed(plan.seed)
         self.random = np.random.default_rng(plan.seed)
         volumes = load_cache(plan.data, plan.network)
@@ -103,8 +140,9 @@ class Run:
         self.network = build(plan.network, plan.variant, plan.recipe.drop).to(self.device)
         # Channels last is the faster layout for both the CPU's and the GPU's convolutions.
         self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        if plan.init is not None:
-            self.network.load_state_dict(torch.load(plan.init, map_location=self.device, weights_only=True)["export"])
+        resuming = (plan.out / CHECKPOINT).is_file()
+        if plan.init is not None and not resuming:
+            self._take_weights(plan.init)
         self.optimiser = self._optimiser()
         self.average = Average(self.network, plan.recipe.average)
         self.size = sized(plan.recipe.size, plan.network)
@@ -114,7 +152,7 @@ class Run:
         self.order: list[int] = []
         self.steps, self.minutes = self._length()
         plan.out.mkdir(parents=True, exist_ok=True)
-        if (plan.out / CHECKPOINT).is_file():
+        if resuming:
             self._resume()
 
     @property
@@ -127,15 +165,22 @@ class Run:
             shares.append(self.seconds / 60 / self.minutes)
         return min(1.0, max(shares))
 
-    def fit(self) -> None:
-        """Train to the end of the run or of the slice; leaves a checkpoint and a line per 50 steps in the log."""
-        plan = self.plan
+    def fit(self) -> signal.Signals | None:
+        """Train to the end of the run or of the slice; leaves a checkpoint and a line per `LOG_EVERY` steps in the log.
+
+        Returns:
+            SIGINT or SIGTERM if it came: the step at hand was finished and the checkpoint written; else None.
+
+        Raises:
+            DivergedError: if gradients are not finite; the last checkpoint stays.
+        """
         begun = last = saved = time.monotonic()
         sums: dict[str, float] = {}
         count = 0
         validated = int(self.progress * VALIDATE_PARTS)
-        with Progress(f"{plan.network}", self.steps, self.step) as bar:
-            while self.progress < 1.0:
+        leaving = self.progress >= 1.0
+        with StopRequest() as stop, Progress(self.plan.network, self.steps, self.step) as bar:
+            while not leaving:
                 terms = self._train_step()
                 now = time.monotonic()
                 self.seconds += now - last
@@ -145,7 +190,8 @@ class Run:
                 for key, value in terms.items():
                     sums[key] = sums.get(key, 0.0) + value
                 bar.advance(self.progress, sums.get("loss", 0.0) / count)
-                if count == 50 or self.progress >= 1.0:
+                leaving = self.progress >= 1.0 or stop.signal is not None or self._slice_used(now - begun)
+                if count == LOG_EVERY or leaving:
                     self._log({key: value / count for key, value in sums.items()})
                     sums, count = {}, 0
                 part = int(self.progress * VALIDATE_PARTS)
@@ -156,9 +202,8 @@ class Run:
                 if now - saved > SAVE_EVERY_S:
                     self._save()
                     saved = now
-                if plan.slice_minutes is not None and (now - begun) / 60 >= plan.slice_minutes:
-                    break
-        self._save()
+            self._save()
+        return stop.signal
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -214,7 +259,9 @@ class Run:
             terms["loss"] = terms["entropy"] + terms["dice_loss"]
         self.optimiser.zero_grad(set_to_none=True)
         terms["loss"].backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
+        if not bool(norm.isfinite()):
+            raise DivergedError(f"{self.plan.out}: gradients are not finite at step {self.step}; try a lower --rate")
         self.optimiser.step()
         self.average.update(self.network, self.step)
         return {"rate": rate} | {key: float(value.detach()) for key, value in terms.items()}
@@ -227,14 +274,20 @@ class Run:
             )
         return torch.optim.AdamW(self.network.parameters(), recipe.rate, weight_decay=recipe.weight_decay)
 
-    def _sampler(self) -> Any:
+    def _slice_used(self, seconds: float) -> bool:
+        return self.plan.slice_minutes is not None and seconds / 60 >= self.plan.slice_minutes
+
+    def _sampler(self) -> Sampler:
         recipe = self.plan.recipe
         if self.plan.network == "roi":
             return RoiSampler(recipe.augmentation, self.random)
         if recipe.augment == "batchgenerators":
             from .paper_sampling import PaperSampler
 
-            return PaperSampler(self.size, self.random)
+            try:
+                return PaperSampler(self.size, self.random)
+            except ImportError as error:
+                raise PlanError("this preset needs batchgenerators: pip install 'fastorgan[train]'") from error
         return OrganSampler(self.size, recipe.augmentation, self.random)
 
     def _length(self) -> tuple[int | None, float | None]:
@@ -259,14 +312,27 @@ class Run:
             "variant": self.plan.variant,
             "kind": self.plan.network,
         }
-        partial = self.plan.out / f"{CHECKPOINT}.partial"
-        torch.save(state, partial)
-        os.replace(partial, self.plan.out / CHECKPOINT)
+        write_checkpoint(state, self.plan.out / CHECKPOINT)
+
+    def _take_weights(self, checkpoint: Path) -> None:
+        state = read_checkpoint(checkpoint, self.device)
+        if not self._is_same_network(state):
+            raise DataError(f"{checkpoint}: holds the weights of another network")
+        self.network.load_state_dict(state["export"])
+
+    def _is_same_network(self, state: dict[str, Any]) -> bool:
+        # Only the ROI net has variants.
+        same_variant = self.plan.network != "roi" or state["variant"] == self.plan.variant
+        return bool(state["kind"] == self.plan.network) and same_variant
 
     def _resume(self) -> None:
-        state = torch.load(self.plan.out / CHECKPOINT, map_location=self.device, weights_only=True)
-        if state["kind"] != self.plan.network or state["variant"] != self.plan.variant:
+        state = read_checkpoint(self.plan.out / CHECKPOINT, self.device)
+        if not self._is_same_network(state):
             raise DataError(f"{self.plan.out}: holds a run of another network; choose another --out")
+        if state["recipe"]["optimiser"] != self.plan.recipe.optimiser:
+            raise DataError(f"{self.plan.out}: holds a run of another preset; choose another --out")
+        if any(index >= len(self.train) for index in state["order"]):
+            raise DataError(f"{self.plan.out}: holds a run on more cases; choose another --out")
         self.network.load_state_dict(state["network"])
         self.average.state = state["average"]
         self.optimiser.load_state_dict(state["optimiser"])
@@ -290,5 +356,3 @@ class Run:
 def _dice(a: Tensor, b: Tensor) -> float:
     total = int(a.sum()) + int(b.sum())
     return 2 * int((a & b).sum()) / total if total else 1.0
-
-
