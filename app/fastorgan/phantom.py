@@ -17,11 +17,11 @@ from functools import reduce
 import nibabel as nib
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.interpolate import CubicSpline
+from scipy.interpolate import CubicHermiteSpline
 from scipy.ndimage import gaussian_filter
 
-from fastorgan.errors import VolumeError
-from fastorgan.labels import ORGANS
+from .errors import VolumeError
+from .labels import ORGANS
 
 FloatArray = NDArray[np.float32]
 Vector = NDArray[np.float64]
@@ -34,7 +34,7 @@ SPACING = (1.5, 1.5, 2.5)
 """Default voxel size in mm along x, y, z."""
 
 NOISE_HU = 11.0
-"""Default standard deviation of the noise in HU, as in a 2.5 mm slice at a routine dose."""
+"""Default standard deviation of the noise in HU, as in a slice of 2.5 mm at a routine dose."""
 
 HU = {
     "air": -1000.0,
@@ -45,7 +45,7 @@ HU = {
     "visceral fat": -104.0,
     "muscle": 60.0,
     "lung": -860.0,
-    "lung vessel": -120.0,
+    "lung vessel": 40.0,
     "myocardium": 115.0,
     "blood": 150.0,
     "artery": 165.0,
@@ -73,7 +73,7 @@ HU = {
 _CODES = {organ.name: organ.code for organ in ORGANS}
 _REACH = 8.0  # mm around a solid's box within which its distance is evaluated; farther away it is this
 _SLAB_VOXELS = 1 << 21  # voxels painted at a time, so that memory does not grow with the volume
-_WAVES = 4  # plane waves that make up the mottle of a tissue
+_WAVES = 5  # plane waves that make up the mottle of a tissue
 
 # The middle of each vertebral body (z, mm) and its height with the disc below.
 _VERTEBRAE = (
@@ -113,7 +113,7 @@ def make_phantom(
         spacing: mm along x, y and z.
         seed: chooses the patient (build, position, size and attenuation of the organs) and the noise.
         centre: the middle of the field of view in mm, RAS+, from the middle of the L1 vertebra in the midline. With
-            `shape` it chooses the z-range; the anatomy is drawn from z = -190 to 210 mm (L5 to T5), and beyond that
+            `shape` it chooses the z-range; the anatomy is drawn from z = -190 to 250 mm (S1 to T3), and beyond that
             the torso goes on without bones and organs.
         orientation: nibabel's axis codes of the array axes; "LPS" is what DICOM converters write.
         noise: standard deviation in HU; 0 for none.
@@ -123,7 +123,7 @@ def make_phantom(
         sform set. An organ outside the field of view is not labelled.
 
     Raises:
-        VolumeError: a shape, spacing, orientation or noise that no volume can have.
+        VolumeError: a shape, spacing, centre, seed, orientation or noise that no volume can have.
     """
     if len(shape) != 3 or min(shape) < 1 or any(int(n) != n for n in shape):
         raise VolumeError(f"phantom: the shape must be three positive whole numbers, not {tuple(shape)}")
@@ -131,6 +131,8 @@ def make_phantom(
         raise VolumeError(f"phantom: the spacing must be three positive numbers of mm, not {tuple(spacing)}")
     if len(centre) != 3 or not all(np.isfinite(centre)):
         raise VolumeError(f"phantom: the centre must be three numbers of mm, not {tuple(centre)}")
+    if seed < 0:
+        raise VolumeError(f"phantom: the seed must be a whole number from 0, not {seed}")
     if not (np.isfinite(noise) and noise >= 0):
         raise VolumeError(f"phantom: the noise must be a number of HU from 0, not {noise}")
     turn = _turn_from_ras(orientation)
@@ -158,7 +160,8 @@ def make_phantom(
 def _turn_from_ras(orientation: str) -> NDArray[np.float64]:
     """nibabel's orientation transform from RAS to the axis codes in `orientation`."""
     codes = tuple(orientation.upper())
-    if len(codes) != 3 or {min(pair) for pair in ("LR", "AP", "IS") for code in codes if code in pair} != set("LAI"):
+    patient_axes = dict(zip("LRAPIS", "xxyyzz", strict=True))
+    if len(codes) != 3 or {patient_axes.get(code) for code in codes} != set("xyz"):
         raise VolumeError(f"phantom: the orientation must be three axis codes like LPS or RAS, not {orientation!r}")
     ras, wanted = nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(codes)
     turn: NDArray[np.float64] = nib.orientations.ornt_transform(ras, wanted)
@@ -266,15 +269,18 @@ def _hull(solids: Sequence[_Solid]) -> tuple[Vector, Vector]:
 def _union(solids: Iterable[_Solid]) -> _Solid:
     """Sharp union; each part is evaluated near its own box only, so many small parts cost little."""
     parts = tuple(solids)
+    low = np.array([part.low for part in parts]) - _REACH
+    high = np.array([part.high for part in parts]) + _REACH
 
     def nearest(x: FloatArray, y: FloatArray, z: FloatArray) -> FloatArray:
         mesh = _Mesh(x.ravel(), y.ravel(), z.ravel())
         distance = np.full(mesh.shape, _REACH, dtype=np.float32)
-        for part in parts:
-            window = mesh.window(part.low - _REACH, part.high + _REACH)
+        first, last = np.array([[axis[0], axis[-1]] for axis in (mesh.x, mesh.y, mesh.z)]).T
+        for i in np.flatnonzero(((low <= last) & (high >= first)).all(axis=1)):
+            window = mesh.window(low[i], high[i])
             block = distance[window]
             if block.size:
-                np.minimum(block, part.field(*mesh.cut(window).open()), out=block)
+                np.minimum(block, parts[i].field(*mesh.cut(window).open()), out=block)
         return distance
 
     return _Solid(*_hull(parts), nearest)
@@ -314,6 +320,12 @@ def _rotation(turn: ArrayLike) -> Vector:
     return rotation
 
 
+def _grooved(solid: _Solid, vessel: _Solid, out: ArrayLike) -> _Solid:
+    """`solid` with a groove for a vessel, open in the direction `out` so that no thin sheet is left behind it."""
+    shift = np.asarray(out, dtype=np.float64)
+    return solid - _union(vessel.grown(1).moved(part * shift) for part in np.linspace(0, 1, 5))
+
+
 def _ellipsoid(centre: ArrayLike, semi: ArrayLike, turn: ArrayLike = (0.0, 0.0, 0.0)) -> _Solid:
     """Ellipsoid with semi-axes in mm, turned by degrees about x, then y, then z.
 
@@ -341,7 +353,7 @@ def _ellipsoid(centre: ArrayLike, semi: ArrayLike, turn: ArrayLike = (0.0, 0.0, 
     return _Solid(middle - reach, middle + reach, distance)
 
 
-def _tube(points: ArrayLike, radii: float | Sequence[float], step: float = 6.0, haustra: float = 0.0) -> _Solid:
+def _tube(points: ArrayLike, radii: ArrayLike, step: float = 6.0, haustra: float = 0.0) -> _Solid:
     """Round tube along a smooth curve through `points`: a chain of round cones.
 
     Args:
@@ -353,7 +365,8 @@ def _tube(points: ArrayLike, radii: float | Sequence[float], step: float = 6.0, 
     knots = np.asarray(points, dtype=np.float64)
     length = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(knots, axis=0), axis=1))])
     at = np.linspace(0.0, length[-1], max(2, int(np.ceil(length[-1] / step)) + 1))
-    line = CubicSpline(length, knots)(at)
+    # Slopes from the neighbours, as Catmull and Rom have them: no system to solve, and little overshoot.
+    line = CubicHermiteSpline(length, knots, np.gradient(knots, length, axis=0))(at)
     width = np.interp(at, length, np.broadcast_to(np.asarray(radii, dtype=np.float64), length.shape))
     width = width * (1 - haustra * np.cos(np.pi * at / 28) ** 4)
     return _union(_cone(line[i], line[i + 1], float(width[i]), float(width[i + 1])) for i in range(len(at) - 1))
@@ -562,21 +575,31 @@ class _Anatomy:
         )
         self.vault = _union([domes, _behind((0, 0, -25), (0, 0, 1))])
         self.column = _tube([(0, _spine(z), z) for z in range(-220, 281, 20)], 20, step=20)
-        psoas = _mirrored([(27, -46, 8), (31, -48, -30), (37, -46, -65), (46, -40, -110), (58, -26, -200)])
-        quadratus = _mirrored([(52, -82, 20), (62, -81, -50), (72, -80, -120)])
+        psoas = _mirrored([(27, -46, 8), (30, -48, -30), (35, -46, -65), (46, -40, -110), (58, -26, -200)])
+        quadratus = _mirrored([(50, -86, 0), (60, -83, -45), (72, -80, -120)])
         crura = _mirrored([(17, -13, 48), (20, -30, 25), (19, -31, 0), (15, -28, -40)])
         erector = [_ellipsoid((side * 31, -91, -110), (31, 19, 130)) for side in (1, -1)]
+        # The great veins that run in grooves of liver and pancreas.
+        self.cava = _tube(
+            [(20, -14, -112), (22, -18, -60), (24, -18, -10), (28, -18, 40), (30, -14, 80), (24, 8, 112)],
+            (10, 10.5, 11, 12, 12.5, 13),
+        )
+        self.portal = _tube(
+            [(14, 16, -110), (16, 4, -60), (18, -2, -26), (18, -1, -8), (30, 2, 10), (40, 2, 20)], (4, 5, 6, 7, 7, 7)
+        )
+        self.splenic = _tube([(18, -1, -8), (-14, 2, 2), (-40, -12, 13), (-70, -40, 34)], (5, 4.5, 4.5, 3.5))
         self.muscles = _union(
             [
-                *(_tube(points, (7, 11, 17, 23, 26)) for points in psoas),
-                *(_tube(points, (8, 12, 13)) for points in quadratus),
+                *(_tube(points, (7, 10, 15, 22, 26)) for points in psoas),
+                *(_tube(points, (5, 11, 13)) for points in quadratus),
                 *(_tube(points, (4, 6, 5, 3)) for points in crura),
                 *erector,
+                _prism((52, 26), -100, 2.2, 0) & self.wall,
             ]
         )
         # Where organs may lie: under the diaphragm, inside the wall, in front of the spine and its muscles.
         back = _union([self.column, self.muscles])
-        self.belly = (self.cavity.grown(-1.5) & self.vault.grown(-1)) - back.grown(1.5)
+        self.belly = (self.cavity.grown(-0.5) & self.vault) - back.grown(1.5)
 
     def layers(self) -> Iterator[_Layer]:
         """All parts in the order of painting: what comes later lies in front."""
@@ -597,7 +620,9 @@ class _Anatomy:
     def _tissue(self, solid: _Solid, name: str, organ: str = "", mottle: float = 4.0, grain: float = 18.0) -> _Layer:
         """A layer of living tissue: its attenuation differs from patient to patient and is a little uneven."""
         direction = self._rng.standard_normal((_WAVES, 3))
-        direction *= 2 * np.pi / grain / np.linalg.norm(direction, axis=1, keepdims=True)
+        direction *= (
+            2 * np.pi / (grain * np.linspace(0.6, 1.8, _WAVES))[:, None] / np.linalg.norm(direction, axis=1)[:, None]
+        )
         waves = np.column_stack([direction, self._rng.uniform(0, 2 * np.pi, _WAVES)]).astype(np.float32)
         hu = HU[name] + 0.04 * abs(HU[name]) * float(np.clip(self._rng.standard_normal(), -2, 2))
         return _Layer(solid, hu, _CODES.get(organ, 0), None, mottle, waves)
@@ -608,8 +633,8 @@ class _Anatomy:
 
     def _shell(self) -> Iterator[_Layer]:
         """Couch, skin, fat and the muscular wall, the cavity filled with fat."""
-        yield _Layer(_trough(-152, 700, 14, 400), HU["mattress"])
-        yield _Layer(_trough(-160, 700, 2.5, 420), HU["couch"])
+        yield _Layer(_trough(-138, 700, 12, 400), HU["mattress"])
+        yield _Layer(_trough(-146, 700, 2.5, 420), HU["couch"])
         yield _Layer(self.skin, HU["skin"])
         yield self._tissue(self.skin.grown(-2), "subcutaneous fat", mottle=5, grain=25)
         yield self._tissue(self.wall, "muscle", mottle=6, grain=9)
@@ -634,7 +659,7 @@ class _Anatomy:
                     [side * self._rng.uniform(55, 125), self._rng.uniform(-75, 75), self._rng.uniform(40, 210)]
                 )
                 bend = (hilum + end) / 2 + self._rng.uniform(-12, 12, 3)
-                twigs.append(_tube([hilum, bend, end], (4.5, 2.6, 0.8), step=14))
+                twigs.append(_tube([hilum, bend, end], (5.5, 3.6, 1.2), step=14))
         yield _Layer(_union(twigs) & lung.grown(-1), HU["lung vessel"])
         yield self._tissue(sac, "myocardium")
         chambers = [
@@ -652,9 +677,9 @@ class _Anatomy:
         """Colon with stool and gas, loops of small bowel, duodenum."""
         course = np.array(
             [
-                (94, -12, -215),
-                (100, -16, -160),
-                (104, -14, -110),
+                (84, -5, -215),
+                (90, -10, -160),
+                (100, -14, -110),
                 (98, 0, -78),
                 (82, 44, -74),
                 (40, 66, -80),
@@ -664,8 +689,8 @@ class _Anatomy:
                 (-112, 14, 6),
                 (-114, -22, -20),
                 (-112, -36, -75),
-                (-108, -34, -130),
-                (-98, -24, -215),
+                (-97, -28, -130),
+                (-84, -10, -215),
             ]
         )
         calibre = (22, 23, 23, 20, 18, 18, 18, 17, 16, 16, 14, 13, 13, 14)
@@ -675,14 +700,27 @@ class _Anatomy:
         yield self._tissue(colon.grown(-2.5), "stool", mottle=110, grain=9)
         for first, last, lift in ((0, 4, 7), (4, 9, 5), (9, 11, 5)):
             gas = _tube(
-                course[first : last + 1] + [0, lift, 0], np.array(calibre[first : last + 1]) * 0.62, haustra=0.6
+                course[first : last + 1] + np.array([0, lift, 0]),
+                np.array(calibre[first : last + 1]) * 0.62,
+                haustra=0.6,
             )
             yield _Layer(gas & colon.grown(-2.5), HU["air"])
 
+        root = np.array([4, 4, -40])
+        ends = np.column_stack([self._rng.uniform(*span, 28) for span in ((-95, 90), (10, 70), (-200, -35))])
+        bends = (root + ends) / 2 + self._rng.uniform(-14, 14, ends.shape)
+        mesentery = _union(
+            _tube([root, bend, end], (3.2, 2.2, 1.2), step=12) for bend, end in zip(bends, ends, strict=True)
+        )
+        yield _Layer(mesentery & self.belly, HU["vein"])
+
         loops: dict[str, list[_Solid]] = {"fluid": [], "oral contrast": [], "bowel wall": []}
-        for z in range(-66, -220, -25):
+        for z in range(-44, -220, -25):
             for x in (-64, -26, 14, 54):
-                for y in (22, 52):
+                for y in (20, 50):
+                    # To the right of the midline the loops begin below the pancreas' head.
+                    if x > -20 and z > -60:
+                        continue
                     middle = np.array([x, y, z]) + self._rng.uniform(-7, 7, 3)
                     across, along = _rotation(self._rng.uniform(-40, 40, 3))[[0, 2]]
                     swing = np.deg2rad(self._rng.uniform(0, 360) + np.linspace(0, 230, 6))[:, None]
@@ -690,7 +728,7 @@ class _Anatomy:
                     content = str(self._rng.choice(list(loops), p=(0.45, 0.3, 0.25)))
                     loops[content].append(_tube(path, float(self._rng.uniform(8, 11.5))))
         for content, tubes in loops.items():
-            bundle = _union(tubes) & self.belly & _behind((0, 0, -42), (0, 0, 1))
+            bundle = _union(tubes) & self.belly
             yield self._fat_around(bundle, 1.5)
             yield self._tissue(bundle, "bowel wall", mottle=10, grain=8)
             yield self._tissue(bundle.grown(-2.5), content, mottle=12, grain=10)
@@ -699,20 +737,28 @@ class _Anatomy:
         duodenum = _tube(sweep, (13, 13, 12.5, 12.5, 11, 10, 11)) & self.belly
         yield self._fat_around(duodenum, 2)
         yield self._tissue(duodenum, "bowel wall", mottle=8, grain=8)
-        yield self._tissue(duodenum.grown(-3.5), "fluid", mottle=25, grain=12)
+        yield self._tissue(duodenum.grown(-3.5), "fluid", mottle=8, grain=12)
 
     def _upper_abdomen(self) -> Iterator[_Layer]:
         """Liver with its vessels, gallbladder, stomach, spleen, pancreas."""
         right = _smooth_cut(_ellipsoid((72, -2, 16), (74, 92, 98)), _behind((40, 20, 4), (0.6, 0.12, 0.79)), 14)
         left = _smooth_cut(
-            _ellipsoid((-12, 48, 46), (74, 44, 32), (0, 8, 0)), _behind((-10, 40, 26), (0.15, 0.5, 0.85)), 12
+            _ellipsoid((-8, 48, 46), (60, 44, 32), (0, 8, 0)), _behind((-10, 40, 26), (0.15, 0.5, 0.85)), 12
         )
+        gallbladder = _tube([(46, 22, 2), (54, 40, -14), (60, 54, -28)], (6, 13, 17)) & self.belly
         liver = self._varied(_smooth_union([right, left], 22))
+        # The right kidney lies behind the liver, not within it.
+        for neighbour, out in (
+            (self.cava, (-30, -24, 0)),
+            (self.cava, (-10, -46, 0)),
+            (gallbladder, (-10, -4, -14)),
+            (_ellipsoid((70, -47, -38), (31, 28, 62), (12, -12, -32)), (-12, -44, 0)),
+        ):
+            liver = _grooved(liver, neighbour, out)
         yield self._fat_around(liver)
         yield self._tissue(liver, "liver", "liver", mottle=4)
         yield from self._liver_vessels(liver)
         yield _Layer(_tube([(8, 92, 20), (10, 74, 32), (12, 50, 40)], (7, 5, 3)) & self.belly, HU["visceral fat"])
-        gallbladder = _tube([(46, 22, 2), (54, 40, -14), (60, 54, -28)], (6, 13, 17)) & self.belly
         yield _Layer(gallbladder, HU["bowel wall"])
         yield _Layer(gallbladder.grown(-2), HU["bile"])
 
@@ -720,21 +766,25 @@ class _Anatomy:
         stomach = self._varied(_tube(bag, (28, 33, 29, 22, 16, 10)))
         yield self._fat_around(stomach)
         yield self._tissue(stomach, "bowel wall", mottle=8, grain=10)
-        yield self._tissue(stomach.grown(-4.5), "fluid", mottle=15, grain=14)
-        yield _Layer(stomach.grown(-4.5) & _behind((0, 44, 0), (0, -1, 0)), HU["air"])
+        yield self._tissue(stomach.grown(-4.5), "fluid", mottle=5, grain=14)
+        yield _Layer(stomach.grown(-4.5) & _behind((0, 54, 0), (0, -1, 0)), HU["air"])
 
-        spleen = self._varied(
-            _smooth_cut(
-                _ellipsoid((-98, -44, 50), (40, 52, 50), (20, 0, -20)), _ellipsoid((-56, -10, 48), (42, 46, 70)), 10
-            )
-        )
+        pulp = _ellipsoid((-96, -46, 52), (44, 54, 56), (20, 0, -20))
+        for tool in (_ellipsoid((-50, -4, 46), (42, 46, 76)), _behind((-90, -30, 75), (0.4, 0, -1))):
+            pulp = _smooth_cut(pulp, tool, 12)
+        spleen = self._varied(pulp)
         yield self._fat_around(spleen)
         yield self._tissue(spleen, "spleen", "spleen")
 
-        head = [(30, 0, -52), (40, 4, -36), (33, 10, -20), (12, 15, -10), (-14, 17, -2), (-40, 4, 8), (-66, -22, 24)]
+        head = [(31, 4, -52), (40, 5, -36), (33, 10, -20), (12, 15, -10), (-14, 17, -2), (-40, 6, 8), (-66, -17, 24)]
         pancreas = self._varied(
-            _smooth_union([_tube(head, (9, 16, 14, 10, 11, 11, 9.5)), _ellipsoid((22, -3, -48), (15, 8, 12))], 5)
+            _smooth_union([_tube(head, (9, 16, 14, 10, 11, 11, 9.5)), _ellipsoid((27, 0, -48), (13, 7, 12))], 5)
         )
+        for vein, out in (
+            (self.portal, (-14, -7, 0)),
+            (self.splenic, (-3, -10, -3)),
+        ):
+            pancreas = _grooved(pancreas, vein, out)
         yield self._fat_around(pancreas, 1.5)
         yield self._tissue(pancreas, "pancreas", "pancreas", mottle=16, grain=7)
 
@@ -756,18 +806,25 @@ class _Anatomy:
             yield _Layer(tree & inner, HU["vein"], _CODES["liver"])
 
     def _kidneys(self) -> Iterator[_Layer]:
-        """Both kidneys, their medulla, the fat of the sinus and the renal pelvis; the adrenals."""
+        """Adrenals and kidneys, their medulla, pelvis and vessels; fat fills what the bean leaves free."""
         for side, z in ((1, -38.0), (-1, -22.0)):
             turn = (12.0, -12.0 * side, -32.0 * side)
             rotation = _rotation(turn)
-            centre = np.array([side * 69, -47, z])
+            centre = np.array([side * 72, -47, z])
 
             def at(lateral: float, front: float, up: float, side: int = side, frame: Vector = rotation) -> Vector:
-                return frame @ np.array([side * lateral, front, up])
+                return np.array(frame @ (side * lateral, front, up))
 
             bean = _ellipsoid(centre, (29, 24.5, 55), turn)
-            for lateral, semi in ((-30, (17, 12, 21)), (-12, (14, 8, 24))):
+            for lateral, semi in ((-30, (16, 10, 18)), (-13, (11, 6.5, 22))):
                 bean = _smooth_cut(bean, _ellipsoid(centre + at(lateral, 0, 0), semi, turn), 6)
+            limbs = [
+                _tube([(side * 31, -34, 36), (side * 36, -44, 20), (side * 42, -53, 8)], 2.4),
+                _tube([(side * 31, -34, 36), (side * 31, -46, 20), (side * 30, -57, 10)], 2.2),
+            ]
+            adrenal = _union(limbs) & self.belly
+            yield self._fat_around(adrenal)
+            yield _Layer(adrenal, HU["adrenal"])
             kidney = self._varied(bean)
             yield self._fat_around(kidney, 3.5)
             yield self._tissue(kidney, "kidney", "kidney", mottle=5, grain=10)
@@ -777,31 +834,30 @@ class _Anatomy:
                 for i, a in enumerate(angles)
             ]
             yield self._tissue(_union(pyramids) & kidney.grown(-5), "renal medulla", "kidney")
-            pelvis = _ellipsoid(centre + at(-13, 0, -3), (9, 4.5, 10), turn)
-            ureter = _tube([centre + at(-20, 0, -8), (side * 36, -24, z - 45), (side * 34, -20, -110)], (4, 2, 2))
-            yield _Layer(_union([pelvis, ureter]) & self.belly, HU["urine"])
-            limbs = [
-                _tube([(side * 34, -30, 36), (side * 40, -42, 20), (side * 46, -52, 8)], 2.4),
-                _tube([(side * 34, -30, 36), (side * 34, -44, 20), (side * 33, -56, 10)], 2.2),
-            ]
-            adrenal = _union(limbs) & self.belly
-            yield self._fat_around(adrenal)
-            yield _Layer(adrenal, HU["adrenal"])
+            pelvis = _ellipsoid(centre + at(-17, 0, -3), (7, 4, 9), turn)
+            ureter = _tube(
+                [tuple(centre + at(-23, 2, -8)), (side * 36, -20, z - 40), (side * 34, -18, -110)], (3, 2, 2)
+            )
+            yield _Layer((_union([pelvis, ureter]) & self.belly) - kidney, HU["urine"])
+            # The left vein crosses to the cava in front of the aorta, the right artery behind the cava.
+            vein, artery = {
+                1: ([(50, -38, -36), (36, -30, -32), (24, -20, -26)], [(48, -42, -34), (20, -32, -26), (-8, -20, -20)]),
+                -1: (
+                    [(-50, -38, -22), (-30, -20, -18), (-6, -4, -16), (20, -16, -18)],
+                    [(-50, -40, -22), (-28, -32, -20), (-8, -20, -18)],
+                ),
+            }[side]
+            yield _Layer(_tube(vein, 4.2) - kidney, HU["vein"])
+            yield _Layer(_tube(artery, 2.8) - kidney, HU["artery"])
 
     def _vessels(self) -> Iterator[_Layer]:
-        """Aorta, vena cava, portal and mesenteric vessels, renal vessels."""
-        caval = [(20, -14, -112), (22, -18, -60), (24, -18, -10), (28, -18, 40), (30, -14, 80), (24, 8, 112)]
-        iliac = [(20, -14, -112), (36, -14, -150), (58, 0, -210)]
+        """Aorta, vena cava, portal and mesenteric vessels."""
         veins = [
-            _tube(caval, (10, 10.5, 11, 12, 12.5, 13)),
-            _tube(iliac, (9, 7, 6)),
+            self.cava,
+            self.portal,
+            self.splenic,
+            _tube([(20, -14, -112), (36, -14, -150), (58, 0, -210)], (9, 7, 6)),
             _tube([(20, -14, -112), (-6, -22, -145), (-50, -6, -210)], (9, 7, 6)),
-            _tube(
-                [(14, 16, -110), (16, 6, -60), (18, 0, -26), (18, 1, -8), (30, 2, 10), (40, 2, 20)], (4, 5, 6, 7, 7, 7)
-            ),
-            _tube([(18, 1, -8), (-14, 5, 2), (-40, -8, 12), (-70, -34, 32)], (5, 4.5, 4.5, 3.5)),
-            _tube([(50, -38, -36), (36, -30, -32), (24, -20, -26)], 4.5),
-            _tube([(-50, -38, -22), (-30, -20, -18), (-6, -4, -16), (20, -16, -18)], (4.5, 4.5, 3.5, 4)),
         ]
         arteries = [
             _tube(
@@ -813,8 +869,6 @@ class _Anatomy:
             _tube([(-7, -20, 4), (-4, -2, -6), (0, 3, -30), (4, 10, -70), (8, 18, -110)], (4, 4, 4, 3.5, 3)),
             _tube([(-8, -22, 22), (-6, -2, 24), (14, 2, 26), (34, 6, 24)], (4, 4, 3, 2.5)),
             _tube([(-6, -2, 24), (-28, -4, 22), (-50, -22, 30), (-72, -38, 44)], (3, 2.8, 2.6, 2.2)),
-            _tube([(-8, -20, -20), (20, -32, -26), (48, -42, -34)], 2.8),
-            _tube([(-8, -20, -18), (-28, -32, -20), (-50, -40, -22)], 2.8),
         ]
         yield self._tissue(_union(veins), "vein", mottle=3)
         yield self._tissue(_union(arteries), "artery", mottle=3)
@@ -827,19 +881,18 @@ class _Anatomy:
         for z, height in _VERTEBRAE:
             y, width = _spine(z), 15 + 0.2 * height
             bones.append(_prism((width, 0.78 * width), y, 2.2, 0) & _level(z - height / 2 + 3.2, z + height / 2 - 3.2))
-            bones.append(
-                _tube([(0, y - 36, z), (0, y - 46, z - 6), (0, y - 55, z - 9 - 0.06 * max(z, 0))], (4, 3.5, 5))
-            )
+            tip = (0.0, max(y - 52, -104.0), z - 9 - 0.06 * max(z, 0.0))
+            bones.append(_tube([(0.0, y - 36, z), (0.0, y - 44, z - 6), tip], (4, 3.5, 4.5)))
             bones.append(_ellipsoid((0, y - 31, z - 3), (20, 8, 12)))
             for side in (1, -1):
                 bones.append(_tube([(side * 13, y - 8, z + 4), (side * 15, y - 26, z + 4)], 5))
                 bones.append(_tube([(side * 15, y - 26, z + 4), (side * 38, y - 34, z + 4)], (4.5, 3.5)))
                 bones.append(_tube([(side * 17, y - 29, z + 13), (side * 17, y - 30, z - 15)], 5.5))
         for side in (1, -1):
-            wing = _ellipsoid((side * 58, -18, -222), (78, 78, 96), (0, 0, 0))
-            outside = _behind((side * 72, 0, 0), (-side, 0, 0)) & _behind((0, 24, 0), (0, 1, 0.3))
-            yield _Layer(wing.grown(5) & outside & self.wall, HU["muscle"])
-            bones.append((wing - wing.grown(-8)) & outside & self.wall.grown(-2))
+            wing = _ellipsoid((side * 35, 5, -202), (112, 98, 84))
+            flank = _behind((side * 62, 0, 0), (-side, 0, 0)) & _behind((0, 18, 0), (0, 1, 0.2))
+            yield _Layer((wing.grown(6) - wing.grown(-13)) & flank & self.wall, HU["muscle"])
+            bones.append((wing - wing.grown(-7)) & flank & self.wall)
         yield _Layer(_union(bones), HU["cortical bone"], core=(2.0, HU["marrow"]))
         canal = _tube([(0, _spine(z) - 24, z) for z in range(-220, 281, 20)], 9, step=20)
         yield _Layer(canal, HU["visceral fat"], core=(1.5, HU["cord"]))
@@ -854,13 +907,15 @@ class _Anatomy:
             path += [_on_wall(angle, z - 0.72 * (angle + 66)) for angle in angles]
             for points in _mirrored(path):
                 # Two strands make the rib higher than thick.
-                bones += [_tube(points + [0, 0, lift], 4.2, step=8) for lift in (-2.5, 2.5)]
+                bones += [_tube(points + np.array([0, 0, lift]), 4.4, step=8) for lift in (-2, 2)]
             if number < 8:
                 tip = path[-1]
-                for points in _mirrored([tip, _on_wall((end + 86) / 2, tip[2] + 4), (17, 97, max(tip[2] + 16, 100))]):
+                for points in _mirrored(
+                    [tip, _on_wall((end + 86) / 2, tip[2] + 4), (17.0, 97.0, max(tip[2] + 16, 100.0))]
+                ):
                     cartilages.append(_tube(points, 5))
         arch = [_on_wall(20, 16), _on_wall(36, 34), _on_wall(52, 56), _on_wall(68, 80), (16, 97, 100)]
         cartilages += [_tube(points, 5.5) for points in _mirrored(arch)]
-        sternum = _union([_tube([(side * 9, 97.5, 102), (side * 11, 96, 270)], 6.5) for side in (1, -1)])
+        sternum = _prism((18, 5.5), 97, 2.5, 0) & _level(96, 270)
         yield _Layer(_union(cartilages), HU["cartilage"])
         yield _Layer(_union([*bones, sternum]), HU["cortical bone"], core=(2.0, HU["marrow"]))
