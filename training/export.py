@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fastorgan.errors import WeightsError
 from fastorgan.runtime import INPUT_SIZES, choose_runtime
 from fastorgan.weights import MANIFEST, Weights
 
+from .checkpoint import read_checkpoint
 from .fit import build
 
 NETWORKS = ("roi", "organs")
@@ -37,12 +39,13 @@ def export(network: str, checkpoint: Path, out: Path, version: str) -> float:
         The largest difference between the two engines' logits, relative to the logits' standard deviation.
 
     Raises:
-        WeightsError: if the checkpoint is another network's or the engines disagree; the files are then not listed.
+        DataError: if the checkpoint cannot be read.
+        WeightsError: if the checkpoint is another network's or the engines disagree; `out` then stays as it was.
     """
     import openvino
     import safetensors.torch
 
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    state = read_checkpoint(checkpoint, torch.device("cpu"))
     if state["kind"] != network:
         raise WeightsError(f"{checkpoint}: holds the {state['kind']} net, not the {network} net")
     module = build(network, state["variant"], 0.0).eval()
@@ -50,23 +53,28 @@ def export(network: str, checkpoint: Path, out: Path, version: str) -> float:
     module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in rounded.items()})
 
     out.mkdir(parents=True, exist_ok=True)
-    kept = {k: v.contiguous() for k, v in rounded.items() if not k.endswith("num_batches_tracked")}
-    (out / f"{network}.safetensors").write_bytes(safetensors.torch.save(kept))
-    size = INPUT_SIZES[network]
-    with torch.no_grad():
-        model = openvino.convert_model(module, example_input=torch.zeros(1, 1, *size), input=[1, 1, *size])
-    openvino.save_model(model, out / f"{network}.xml", compress_to_fp16=True)
-
     manifest = _manifest(out)
     manifest["version"] = version
-    manifest["networks"][network] = {
-        "variant": state["variant"] if network == "roi" else "densevnet",
-        "sha256": {f"{network}{s}": _sha256(out / f"{network}{s}") for s in SUFFIXES},
-    }
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
+        fresh = Path(folder)
+        kept = {k: v.contiguous() for k, v in rounded.items() if not k.endswith("num_batches_tracked")}
+        (fresh / f"{network}.safetensors").write_bytes(safetensors.torch.save(kept))
+        size = INPUT_SIZES[network]
+        with torch.no_grad():
+            model = openvino.convert_model(module, example_input=torch.zeros(1, 1, *size), input=[1, 1, *size])
+        openvino.save_model(model, fresh / f"{network}.xml", compress_to_fp16=True)
+        files = [f"{network}{suffix}" for suffix in SUFFIXES]
+        manifest["networks"][network] = {
+            "variant": state["variant"] if network == "roi" else "densevnet",
+            "sha256": {name: _sha256(fresh / name) for name in files},
+        }
+        difference = engine_difference(Weights(fresh, manifest), network)
+        # Written so that NaN, from weights that are not finite, fails too.
+        if not difference <= LARGEST_DIFFERENCE:
+            raise WeightsError(f"{checkpoint}: the engines' logits differ by {difference:.3g} of their spread")
+        for name in files:
+            (fresh / name).replace(out / name)
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    difference = engine_difference(Weights.find(out), network)
-    if difference > LARGEST_DIFFERENCE:
-        raise WeightsError(f"{out}: the engines' {network} logits differ by {difference:.3g} of their spread")
     return difference
 
 
@@ -80,10 +88,8 @@ def engine_difference(weights: Weights, network: str) -> float:
 
 
 def _manifest(out: Path) -> dict[str, Any]:
-    path = out / MANIFEST
-    if path.is_file():
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+    if (out / MANIFEST).is_file():
+        return Weights.find(out).manifest
     return {"version": "", "networks": {}}
 
 
