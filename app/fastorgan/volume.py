@@ -4,9 +4,13 @@ Inside fastorgan arrays are (z, y, x) with z to the head, y to the front and x t
 reverse order. For a NIfTI file in memory this is a view: no voxel is moved.
 """
 
+import gzip
+import logging
 import os
 import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -27,6 +31,8 @@ OBLIQUE_DEGREES = 3.0
 
 AIR_HU = -1024.0
 """What lies outside the scan when an oblique grid is resampled upright."""
+
+_CHUNK = 1 << 20  # bytes unpacked at a time, so that the packed voxels are never in memory twice
 
 Affine = NDArray[np.float64]
 
@@ -105,14 +111,15 @@ def load_image(path: Path) -> nib.Nifti1Image:
     Raises:
         VolumeError: if the file is missing, not NIfTI, or its voxel sizes are not positive numbers.
     """
-    if not path.exists():
-        raise VolumeError(f"{path}: no such file")
-    if not path.is_file():
-        raise VolumeError(f"{path}: not a file")
-    if not path.name.endswith(SUFFIXES):
-        raise VolumeError(f"{path}: not a NIfTI file name (expected {' or '.join(SUFFIXES)})")
     try:
-        image = nib.load(path)
+        if not path.exists():
+            raise VolumeError(f"{path}: no such file")
+        if not path.is_file():
+            raise VolumeError(f"{path}: not a file")
+        if not path.name.endswith(SUFFIXES):
+            raise VolumeError(f"{path}: not a NIfTI file name (expected {' or '.join(SUFFIXES)})")
+        with _quiet_nibabel():
+            image = nib.load(path)
         if not isinstance(image, nib.Nifti1Image):
             raise VolumeError(f"{path}: not a NIfTI file")
         _check_stored_spacing(path, image)
@@ -133,8 +140,8 @@ def read_volume(image: nib.Nifti1Image, name: str) -> Volume:
         name: stands in error messages for the image, usually its file name.
 
     Raises:
-        VolumeError: if the image is not three-dimensional, is cut short, holds NaN or infinity, or its affine is
-            singular.
+        VolumeError: if the image is not three-dimensional, is cut short or damaged, holds NaN, infinity, colours or
+            complex numbers, or its affine is singular.
     """
     shape = _three_axes(image.shape, name)
     affine = np.asarray(image.affine, float)
@@ -172,7 +179,7 @@ def label_image(labels: NDArray[np.uint8], like: nib.Nifti1Image) -> nib.Nifti1I
     """
     kind: Any = nib.Nifti2Image if isinstance(like, nib.Nifti2Image) else nib.Nifti1Image
     if isinstance(like.header, nib.Nifti1Header):
-        image: nib.Nifti1Image = kind(labels.reshape(like.shape), None, like.header)
+        image: nib.Nifti1Image = kind(labels.reshape(like.shape), like.affine, like.header)
     else:
         image = kind(labels.reshape(like.shape), like.affine)
     header: Any = image.header
@@ -228,7 +235,7 @@ def _three_axes(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
     if any(n != 1 for n in shape[3:]):
         volumes = int(np.prod(shape[3:]))
         raise VolumeError(f"{name}: holds {volumes} volumes; give one three-dimensional volume per file")
-    if 0 in shape:
+    if min(shape) < 1:
         raise VolumeError(f"{name}: has no voxels (shape {' x '.join(map(str, shape))})")
     i, j, k = (int(n) for n in shape[:3])
     return i, j, k
@@ -237,12 +244,36 @@ def _three_axes(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
 def _stored_values(image: nib.Nifti1Image, name: str) -> tuple[NDArray[np.generic], float, float]:
     """Voxels as stored, with slope and intercept apart, so that integers stay integers."""
     proxy: Any = image.dataobj
+    if np.dtype(proxy.dtype).kind not in "biuf":
+        raise VolumeError(f"{name}: holds colours or complex numbers; a CT volume has one real number per voxel")
     try:
-        if nib.is_proxy(proxy):
-            return np.asanyarray(proxy.get_unscaled()), float(proxy.slope), float(proxy.inter)
-        return np.asanyarray(proxy), 1.0, 0.0
+        if not nib.is_proxy(proxy):
+            return np.asanyarray(proxy), 1.0, 0.0
+        packed = isinstance(proxy.file_like, str) and proxy.file_like.endswith(".gz")
+        stored = _unpacked(proxy) if packed else np.asanyarray(proxy.get_unscaled())
+        return stored, float(proxy.slope), float(proxy.inter)
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise VolumeError(f"{name}: damaged, its voxels cannot be read ({_one_line(error)})") from error
+    except MemoryError as error:
+        size = " x ".join(map(str, image.shape))
+        raise VolumeError(f"{name}: {size} voxels cannot be read into this machine's memory") from error
+
+
+def _unpacked(proxy: Any) -> NDArray[np.generic]:
+    """Read a .gz file to its very end, where its checksum lies: nibabel stops at the last voxel and never checks it."""
+    stored: NDArray[np.generic] = np.empty(proxy.shape, proxy.dtype, order=proxy.order)
+    room = memoryview(stored.reshape(-1, order=proxy.order).view(np.uint8))
+    with gzip.open(proxy.file_like) as stream:
+        stream.seek(proxy.offset)
+        filled = 0
+        while filled < len(room):
+            count = stream.readinto(room[filled : filled + _CHUNK])
+            if not count:
+                raise EOFError(f"expected {len(room)} bytes, got {filled}")
+            filled += count
+        while stream.read(_CHUNK):
+            pass
+    return stored
 
 
 def _all_finite(array: NDArray[np.generic]) -> bool:
@@ -290,3 +321,15 @@ def _set_upright(
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+@contextmanager
+def _quiet_nibabel() -> Iterator[None]:
+    """Keep nibabel from writing what it finds in a header to standard error, without the file's name."""
+    logger = logging.getLogger("nibabel.global")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
