@@ -139,12 +139,11 @@ def _run_case(cascade: Cascade, job: Job, sampler: MemorySampler, settings: Sett
             spacing = tuple(float(s) for s in nib.affines.voxel_sizes(image.affine))
             organs = measure(found.labels, (spacing[0], spacing[1], spacing[2]))
             with timer.stage("write"):
-                labels = label_image(found.labels, image)
-                save_image(labels, job.target)
+                save_image(label_image(found.labels, image), job.target)
             seconds = {"read": timer.seconds["read"], **found.seconds, "write": timer.seconds["write"]}
             if settings.preview:
                 with timer.stage("preview"):
-                    _write_preview(job, image, labels, found)
+                    _write_preview(job, volume, found)
                 seconds["preview"] = timer.seconds["preview"]
         except caught as error:
             text = str(error) if isinstance(error, FastorganError) else _unforeseen(job, error)
@@ -189,11 +188,11 @@ def _roi_in_file(found: Segmentation, volume: Volume) -> RoiBox:
     return RoiBox(start, stop, found.roi.fallback)
 
 
-def _write_preview(job: Job, image: nib.Nifti1Image, labels: nib.Nifti1Image, found: Segmentation) -> None:
-    from .preview import write_preview
+def _write_preview(job: Job, volume: Volume, found: Segmentation) -> None:
+    from .preview import draw_preview, save_preview
 
-    path = job.target.with_name(f"{case_name(job.target)}.png")
-    write_preview(path, image, labels, case=case_name(job.source), roi=found.roi.box)
+    picture = draw_preview(volume, found.labels, case=case_name(job.source), roi=found.roi.box)
+    save_preview(picture, job.target.with_name(f"{case_name(job.target)}.png"))
 
 
 def _volumes_in(folder: Path) -> list[Path]:
