@@ -32,7 +32,7 @@ OBLIQUE_DEGREES = 3.0
 AIR_HU = -1024.0
 """What lies outside the scan when an oblique grid is resampled upright."""
 
-_CHUNK = 1 << 20  # bytes unpacked at a time, so that the packed voxels are never in memory twice
+_CHUNK = 1 << 20  # bytes unpacked at a time: unpacked in one go, the voxels would be in memory twice
 
 Affine = NDArray[np.float64]
 
