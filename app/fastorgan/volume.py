@@ -262,7 +262,7 @@ def _stored_values(image: nib.Nifti1Image, name: str) -> tuple[NDArray[np.generi
 def _unpacked(proxy: Any) -> NDArray[np.generic]:
     """Read a .gz file to its very end, where its checksum lies: nibabel stops at the last voxel and never checks it."""
     stored: NDArray[np.generic] = np.empty(proxy.shape, proxy.dtype, order=proxy.order)
-    room = memoryview(stored.reshape(-1, order=proxy.order).view(np.uint8))
+    room = stored.reshape(-1, order=proxy.order).view(np.uint8).data
     with gzip.open(proxy.file_like) as stream:
         stream.seek(proxy.offset)
         filled = 0
