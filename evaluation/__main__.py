@@ -1,15 +1,19 @@
 """Command line: `python -m evaluation COMMAND`. Each command is a parser and a function that returns the exit code."""
 
 import argparse
+import math
+import shlex
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from fastorgan.errors import FastorganError
 from fastorgan.labels import ORGANS, Organ
 
-from . import accuracy, ranking, sample
+from . import accuracy, efficiency, ranking, sample, timing
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -26,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_score(commands)
     _add_rank(commands)
+    _add_time(commands)
     _add_sample(commands)
     args = parser.parse_args(argv)
     try:
@@ -174,6 +179,123 @@ def _rank(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_time(commands: "Commands") -> None:
+    parser = commands.add_parser(
+        "time",
+        help="time and memory of an image, case by case as FLARE measures them",
+        description="""\
+Run an image on every CT of a folder as the FLARE organisers do, one container
+per case, and measure wall time, memory of the GPU, CPU utilisation and RAM of
+the whole host every 0.1 s. A case that fails, hangs, has no output or leaves
+files behind is named on stderr and the others are run all the same; the exit
+code is 2 then.""",
+        epilog="""\
+OUTPUTS gets NAME.nii.gz for NAME_0000.nii.gz or NAME.nii.gz, and in
+OUTPUTS/efficiency:
+  IMAGE_flare21_Efficiency.csv, ..._flare22_..., ..._flare23_... (also FLARE24's)
+  CASE.json   all readings, with their units
+  CASE.png    memory and CPU utilisation against time
+  CASE.log    what the container printed
+GPU memory in these is total minus free of the whole card in MiB; flare21 and
+flare22 have the largest value that makes up more than 2 % of the readings,
+flare23 the plain maximum. A container that hangs counts 3600 s, 29491200 MiB s
+and 360000 % s, as in FLARE22.
+
+examples:
+  python -m evaluation time fastorgan inputs outputs --gpu 1
+  python -m evaluation time fastorgan:cpu inputs outputs --gpu none --form flare23""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("image", metavar="IMAGE", help="its name; :latest is added where there is no tag")
+    parser.add_argument("inputs", type=Path, metavar="INPUTS", help="folder of *.nii.gz files, or one file")
+    parser.add_argument("outputs", type=Path, metavar="OUTPUTS", help="a new or empty folder")
+    parser.add_argument(
+        "--gpu",
+        type=_gpu,
+        default="auto",
+        metavar="N",
+        help="the card that the containers get, counted from 0 (the organisers took 1), none, or auto: 0 where there "
+        "is an NVIDIA driver and none elsewhere (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--form",
+        choices=timing.FORMS,
+        default="flare21",
+        help="of the command line: flare23, also FLARE24's, adds --shm-size=28gb -m 28G (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--limit",
+        type=_seconds,
+        default=timing.LIMIT_S,
+        metavar="S",
+        help="seconds after which a container counts as hung and is removed (default: %(default)g)",
+    )
+    parser.add_argument("--name", help="of the containers (default: the image's name, as the organisers do)")
+    parser.add_argument(
+        "--docker",
+        type=shlex.split,
+        default="docker",
+        metavar="COMMAND",
+        help="what runs containers, such as 'sudo docker' (default: %(default)s)",
+    )
+    parser.set_defaults(run=_time)
+
+
+def _time(args: argparse.Namespace) -> int:
+    sources = timing.find_cases(args.inputs)
+    card = timing.open_card(args.gpu)
+    image = timing.with_tag(args.image)
+    container = timing.Container(image, args.name or timing.team_of(image), card.gpu, args.form, tuple(args.docker))
+    bench = timing.Bench(container, card, timing.PsutilHost(), args.limit)
+    table = efficiency.Table([accuracy.case_of(source.name) for source in sources])
+    timing.prepare(bench, args.outputs)
+    print(shlex.join(container.command("inputs", "outputs")))
+    print(f"GPU {card.gpu}: {card.name}" if card.reason is None else f"GPU columns are 0: {card.reason}")
+    print(table.header(), flush=True)
+    runs = []
+    with _terminable():
+        for run in timing.time_cases(bench, sources, args.outputs):
+            runs.append(run)
+            if run.ran:
+                print(table.row(run), flush=True)
+            if run.problems:
+                _complain(f"{run.case}: {'; '.join(run.problems)}")
+    measured = [run for run in runs if run.ran]
+    if measured:
+        print(table.mean(measured))
+    print(f"readings, plots and CSV files: {args.outputs / timing.FOLDER}")
+    return FAILED if any(run.problems for run in runs) else 0
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does, so that no container is left running."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _gpu(text: str) -> int | Literal["auto", "none"]:
+    words: dict[str, Literal["auto", "none"]] = {"auto": "auto", "none": "none"}
+    if text in words:
+        return words[text]
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a card's number nor auto or none")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number of seconds")
+    return value
+
+
 def _add_sample(commands: "Commands") -> None:
     parser = commands.add_parser(
         "sample",
@@ -210,7 +332,7 @@ def _left_out(text: str) -> tuple[str, list[str]]:
     return accuracy.case_of(case), [organ.name for organ in _organs(organs)]
 
 
-def _complain(error: FastorganError) -> None:
+def _complain(error: FastorganError | str) -> None:
     print(f"error: {error}", file=sys.stderr, flush=True)
 
 
