@@ -1,6 +1,8 @@
 """A small patient for the tests of training: four ellipsoid organs, each of its own grey value, in a grey body."""
 
-from collections.abc import Sequence
+import importlib.util
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +55,31 @@ def cached(
     organs = np.stack(extent_mm((codes > 0) & (codes < 255), voxel))
     sizes = np.asarray(voxel)
     grey_values = grey(codes) if image is None else image
-    return CachedVolume(name, patient or name, grey_values, codes, sizes, np.zeros(3), codes.shape * sizes, organs)
+    return CachedVolume(
+        name, patient or name, grey_values, codes, sizes, np.zeros(3), np.array(codes.shape) * sizes, organs
+    )
 
 
 def as_roi(volume: CachedVolume) -> CachedVolume:
     """The same volume for the ROI net: the foreground's share in place of codes."""
     share = np.where((volume.labels > 0) & (volume.labels < 255), 255, 0).astype(np.uint8)
     return CachedVolume(**{**volume.__dict__, "labels": share})
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch, where it is installed, compute in one thread: these inputs are too small to be shared out."""
+    if importlib.util.find_spec("torch") is None:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def write_cache(folder: Path, patients: Sequence[str] = ("p0", "p1", "p2")) -> Path:

@@ -23,7 +23,7 @@ from fastorgan.networks import SlimRoiUNet
 from fastorgan.networks.blocks import parameter_count
 from fastorgan.runtime import INPUT_SIZES, choose_runtime
 from fastorgan.weights import MANIFEST, Weights
-from tests.synthetic_cache import write_cache
+from tests.synthetic_cache import one_thread, write_cache
 from training import export as exporting
 from training.cases import DataError
 from training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
@@ -43,12 +43,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWar
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
     """Export for inputs that a test can afford, on one core."""
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, one_thread():
         patch.setattr(exporting, "INPUT_SIZES", {"roi": SMALL, "organs": SMALL})
         patch.setattr(exporting, "choose_runtime", lambda device, engine: choose_runtime(device, engine, 1))
         yield
-    torch.set_num_threads(threads)
 
 
 def checkpoint(folder: Path, network: str, variant: str = "slim", **changes: Any) -> Path:

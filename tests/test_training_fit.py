@@ -21,7 +21,7 @@ import torch
 from fastorgan.errors import DeviceError
 from fastorgan.networks import RoiUNet, SlimRoiUNet
 from fastorgan.networks.blocks import parameter_count
-from tests.synthetic_cache import write_cache
+from tests.synthetic_cache import one_thread, write_cache
 from training import fit
 from training.cases import DataError
 from training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
@@ -37,13 +37,10 @@ LIGHT = replace(PRESETS["light"], size=(24, 24, 32))
 PAPER = replace(PRESETS["paper"], size=(24, 24, 32))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These networks' inputs are too small to be shared out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(scope="module", autouse=True)
+def few_threads() -> Iterator[None]:
+    with one_thread():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +79,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     states = [read_checkpoint(folder / CHECKPOINT, CPU) for folder in (a, b)]
     for state in states:
         assert state.pop("seconds") > 0
-    assert_same(*states)
+    assert_same(states[0], states[1])
 
 
 # Learning
@@ -164,7 +161,7 @@ def test_the_average_by_hand() -> None:
     network = torch.nn.BatchNorm3d(1)
     average = Average(network, decay=0.9)
     network.weight.data.fill_(2.0)
-    network.num_batches_tracked.fill_(7)  # type: ignore[union-attr,operator]
+    network.num_batches_tracked.fill_(7)  # type: ignore[union-attr]
     # The first step's decay is 1 / 10: of the old 1 a tenth is left.
     average.update(network, 0)
     assert float(average.state["weight"]) == pytest.approx(0.1 * 1 + 0.9 * 2)
