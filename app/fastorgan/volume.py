@@ -295,6 +295,8 @@ def _set_upright(
 ) -> tuple[NDArray[np.generic], Affine]:
     """Resample an oblique grid linearly onto one along the patient's axes that holds all of it, at the same spacing.
 
+    What lies more than a voxel outside the oblique grid is `air`, in stored values.
+
     Returns the upright array, in the stored type, and the affine from oblique to upright indices (z, y, x).
     """
     from scipy import ndimage
@@ -309,13 +311,26 @@ def _set_upright(
     place[:3, 3] = low
     upright = np.linalg.inv(place) @ turned
     back = np.linalg.inv(upright)
-    kind = np.dtype(np.float32) if array.dtype.kind not in "iu" else array.dtype
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    kind: np.dtype[Any] = array.dtype
     if kind.kind in "iu":
         limits = np.iinfo(str(kind))
-        air = min(max(air, limits.min), limits.max)
-    result = ndimage.affine_transform(
-        array, back[:3, :3], back[:3, 3], size, output=kind, order=1, mode="constant", cval=air
-    )
+        air = round(min(max(air, limits.min), limits.max))
+    else:
+        kind = np.dtype(np.float32)
+    result = np.full(size, air, kind)
+    y, x = np.ogrid[: size[1], : size[2]]
+    for z in range(size[0]):
+        offset = back[:3, :3] @ (z, 0, 0) + back[:3, 3]
+        plane = ndimage.affine_transform(
+            array, back[:3, :3], offset, (1, *size[1:]), output=kind, order=1, mode="nearest"
+        )[0]
+        # The outermost voxels reach one voxel further out: were there air, it would mix into them on the way back.
+        shown = np.ones(plane.shape, bool)
+        for axis in range(3):
+            at = offset[axis] + back[axis, 1] * y + back[axis, 2] * x
+            shown &= (at >= -1.0) & (at <= last[axis] + 1.0)
+        result[z][shown] = plane[shown]
     return result, upright
 
 
