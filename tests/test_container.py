@@ -1,7 +1,7 @@
 """The image fastorgan:cpu on a real Docker Engine: the organisers' command, the bare run, and what either may touch.
 
-`./build.sh cpu` makes the image. Where there is none, or no engine answers, the tests are skipped and say so; with
-CONTAINER_TESTS=required they fail instead. CONTAINER_TESTS_CT may name a CT to run beside the phantom.
+`./build.sh cpu` makes the image. Where there is none of this commit, or no engine answers, the tests are skipped and
+say so; with CONTAINER_TESTS=required they fail instead. CONTAINER_TESTS_CT may name a CT to run beside the phantom.
 """
 
 import json
@@ -45,6 +45,8 @@ def _engine() -> None:
         lack = "no Docker engine answers here"
     elif _docker("image", "inspect", IMAGE, check=False).returncode:
         lack = f"there is no image {IMAGE} here; ./build.sh cpu makes it"
+    elif _inspect(IMAGE, '{{index .Config.Labels "org.opencontainers.image.revision"}}') != _revision():
+        lack = f"{IMAGE} was built from another commit; ./build.sh cpu makes it anew"
     if lack is not None:
         if os.environ.get("CONTAINER_TESTS") == "required":
             pytest.fail(lack)
@@ -289,6 +291,11 @@ def _compose(*arguments: str, **settings: str) -> "subprocess.CompletedProcess[s
 
 def _inspect(image: str, template: str) -> str:
     return _docker("image", "inspect", "--format", template, image).stdout.strip()
+
+
+def _revision() -> str:
+    run = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, check=False, capture_output=True, text=True)
+    return run.stdout.strip() or "unknown"
 
 
 def _mounts(case: Path, outputs: Path) -> tuple[str, ...]:
