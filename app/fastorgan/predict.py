@@ -1,5 +1,6 @@
 """Many cases, one after the other: which files, what is said, what is reported."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -57,21 +58,22 @@ def plan_jobs(inputs: Sequence[Path], output: Path) -> list[Job]:
         output: a folder; or the label file itself, for a single input file.
 
     Raises:
-        VolumeError: if a folder holds no NIfTI file.
+        VolumeError: if a folder holds no NIfTI file or cannot be read.
     """
     sources: list[Path] = []
     for path in inputs:
-        sources += _volumes_in(path) if path.is_dir() else [path]
-    if len(inputs) == 1 and not inputs[0].is_dir() and output.name.endswith(SUFFIXES) and not output.is_dir():
+        sources += _volumes_in(path) if _is_folder(path) else [path]
+    if len(inputs) == 1 and not _is_folder(inputs[0]) and output.name.endswith(SUFFIXES) and not _is_folder(output):
         targets = [output]
     else:
         targets = [output / f"{case_name(source)}.nii.gz" for source in sources]
-    taken = {source.resolve(): source for source in sources}
-    given: dict[Path, Path] = {}
+    # Not Path.resolve, which a link to itself makes raise.
+    taken = {os.path.realpath(source): source for source in sources}
+    given: dict[str, Path] = {}
     jobs = []
     for source, target in zip(sources, targets, strict=True):
         obstacle = None
-        place = target.resolve()
+        place = os.path.realpath(target)
         if place in taken:
             obstacle = f"its labels would overwrite the input {taken[place]}; choose another output folder"
         elif place in given:
@@ -111,6 +113,9 @@ def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
         report.load_seconds = time.perf_counter() - begun
         if sampler.samples:
             report.gpu_at_start_mib = sampler.samples[0].device_mib
+        if settings.report is not None:
+            # Where it cannot be written, this is the time to say so.
+            report.write(settings.report)
         for number, job in enumerate(_with_progress(jobs), 1):
             record = _run_case(cascade, job, sampler, settings)
             report.cases.append(record)
@@ -195,8 +200,19 @@ def _write_preview(job: Job, volume: Volume, found: Segmentation) -> None:
     save_preview(picture, job.target.with_name(f"{case_name(job.target)}.png"))
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:
+        # A name that is too long, or below a folder that may not be entered: opening it will say so.
+        return False
+
+
 def _volumes_in(folder: Path) -> list[Path]:
-    files = sorted(p for p in folder.iterdir() if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
+    try:
+        files = sorted(p for p in folder.iterdir() if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
+    except OSError as error:
+        raise VolumeError(f"{folder}: cannot be read ({error.strerror or error})") from error
     if not files:
         raise VolumeError(f"{folder}: holds no {' or '.join(SUFFIXES)} file")
     return files

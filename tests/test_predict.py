@@ -1,0 +1,546 @@
+import gzip
+import json
+import os
+import struct
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fastorgan.box import Box
+from fastorgan.cascade import Cascade, Segmentation
+from fastorgan.errors import DeviceError, FastorganError, VolumeError, WeightsError
+from fastorgan.labels import ORGANS
+from fastorgan.predict import Job, Settings, case_name, plan_jobs, run_batch, warnings_for
+from fastorgan.report import OrganMeasure, RunReport, Status
+from fastorgan.roi import Roi
+from fastorgan.volume import Volume
+
+Blocks = tuple[nib.Nifti1Image, NDArray[np.uint8]]
+
+
+@dataclass
+class Folders:
+    """A folder of inputs and one for outputs, and a CT to put into the first."""
+
+    inputs: Path
+    outputs: Path
+    image: nib.Nifti1Image
+    cascade: Cascade
+
+    def put(self, *names: str) -> list[Path]:
+        """Write the CT under each name."""
+        for name in names:
+            nib.save(self.image, self.inputs / name)
+        return [self.inputs / name for name in names]
+
+    def run(self, inputs: list[Path] | None = None, output: Path | None = None, **settings: Any) -> RunReport:
+        jobs = plan_jobs(inputs or [self.inputs], output or self.outputs)
+        return run_batch(jobs, Settings(device="cpu", **settings))
+
+    def written(self) -> list[str]:
+        return sorted(path.name for path in self.outputs.iterdir())
+
+    def is_whole(self, path: Path) -> bool:
+        """Whether a label file holds what the cascade finds in the CT."""
+        labels: Any = nib.load(path)
+        return np.array_equal(np.asarray(labels.dataobj), np.asarray(self.cascade.segment(self.image).dataobj))
+
+
+@pytest.fixture
+def folders(tmp_path: Path, blocks: Blocks, by_hu: Cascade, monkeypatch: pytest.MonkeyPatch) -> Folders:
+    """Folders, and `predict` with the cascade that knows the CT's organs."""
+    (tmp_path / "in").mkdir()
+
+    def load(device: str, **options: object) -> Cascade:
+        assert device == "cpu"
+        return by_hu
+
+    monkeypatch.setattr(Cascade, "load", load)
+    return Folders(tmp_path / "in", tmp_path / "out", blocks[0], by_hu)
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        ("X_0000.nii.gz", "X"),
+        ("X_0000.nii", "X"),
+        ("X.nii.gz", "X"),
+        ("X.nii", "X"),
+        ("X_0001.nii.gz", "X_0001"),
+        ("X_0000_0000.nii.gz", "X_0000"),
+        ("X.1_0000.nii.gz", "X.1"),
+        ("a b.nii.gz", "a b"),
+        ("Bauch-Größe 腹部.nii.gz", "Bauch-Größe 腹部"),
+        ("-x_0000.nii", "-x"),
+        ("_0000.nii.gz", "_0000"),
+        ("X.nii.nii.gz", "X.nii"),
+        ("X.mha", "X.mha"),
+    ],
+)
+def test_cases_are_named_without_suffix_and_channel(name: str, case: str) -> None:
+    assert case_name(Path("folder.nii") / name) == case
+
+
+# Plans
+
+
+def targets(jobs: list[Job]) -> list[tuple[str, str]]:
+    return [(job.source.name, job.target.name) for job in jobs]
+
+
+def test_a_folder_is_taken_in_the_order_of_names(folders: Folders) -> None:
+    folders.put("c_0000.nii.gz", "a.nii", "b.nii.gz", "B10.nii.gz")
+    for name in (".hidden.nii.gz", "notes.txt", "d.nii.gz.part", "e.mha"):
+        (folders.inputs / name).touch()
+    (folders.inputs / "sub").mkdir()
+    jobs = plan_jobs([folders.inputs], folders.outputs)
+    assert targets(jobs) == [
+        ("B10.nii.gz", "B10.nii.gz"),
+        ("a.nii", "a.nii.gz"),
+        ("b.nii.gz", "b.nii.gz"),
+        ("c_0000.nii.gz", "c.nii.gz"),
+    ]
+    assert {job.target.parent for job in jobs} == {folders.outputs}
+    assert all(job.obstacle is None for job in jobs)
+    assert not folders.outputs.exists()
+
+
+def test_files_and_folders_may_be_mixed(folders: Folders, tmp_path: Path) -> None:
+    folders.put("a.nii")
+    jobs = plan_jobs([tmp_path / "z.nii.gz", folders.inputs], folders.outputs)
+    assert targets(jobs) == [("z.nii.gz", "z.nii.gz"), ("a.nii", "a.nii.gz")]
+
+
+def test_a_single_file_may_go_to_a_file(tmp_path: Path) -> None:
+    source = tmp_path / "ct.nii.gz"
+    for name in ("labels.nii.gz", "labels.nii"):
+        assert plan_jobs([source], tmp_path / name) == [Job(source, tmp_path / name)]
+    # A folder is one whatever its name.
+    (tmp_path / "folder.nii.gz").mkdir()
+    assert plan_jobs([source], tmp_path / "folder.nii.gz") == [Job(source, tmp_path / "folder.nii.gz" / "ct.nii.gz")]
+    assert plan_jobs([source], tmp_path / "labels") == [Job(source, tmp_path / "labels" / "ct.nii.gz")]
+
+
+def test_a_folder_of_one_file_goes_to_a_folder(folders: Folders, tmp_path: Path) -> None:
+    folders.put("a.nii")
+    assert plan_jobs([folders.inputs], tmp_path / "x.nii.gz")[0].target == tmp_path / "x.nii.gz" / "a.nii.gz"
+
+
+def test_two_cases_of_one_name_are_not_mixed_up(folders: Folders) -> None:
+    first, second, third = folders.put("X.nii", "X.nii.gz", "X_0000.nii.gz")
+    jobs = plan_jobs([folders.inputs], folders.outputs)
+    assert [job.source for job in jobs] == [first, second, third]
+    assert jobs[0].obstacle is None
+    for job in jobs[1:]:
+        assert job.obstacle == f"its labels would overwrite those of {first}; give the two different names"
+
+
+def test_no_input_is_overwritten(folders: Folders, tmp_path: Path) -> None:
+    plain, channel = folders.put("a.nii.gz", "b_0000.nii.gz")
+    for output in (folders.inputs, folders.inputs / ".." / "in"):
+        jobs = plan_jobs([folders.inputs], output)
+        assert jobs[0].obstacle == f"its labels would overwrite the input {plain}; choose another output folder"
+        assert jobs[1].obstacle is None
+        assert jobs[1].target.resolve() == folders.inputs / "b.nii.gz"
+    assert plan_jobs([plain], plain)[0].obstacle is not None
+    # By way of a link, too.
+    (tmp_path / "linked").symlink_to(folders.inputs)
+    assert plan_jobs([plain], tmp_path / "linked")[0].obstacle is not None
+    (tmp_path / "labels.nii.gz").symlink_to(channel)
+    assert plan_jobs([channel], tmp_path / "labels.nii.gz")[0].obstacle is not None
+
+
+def test_an_empty_folder_is_refused(folders: Folders) -> None:
+    (folders.inputs / "notes.txt").touch()
+    with pytest.raises(VolumeError, match=r"in: holds no \.nii\.gz or \.nii file\Z"):
+        plan_jobs([folders.inputs], folders.outputs)
+
+
+def test_a_folder_that_cannot_be_listed_is_refused(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    def iterdir(self: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(VolumeError, match=r"in: cannot be read \(Permission denied\)\Z"):
+        plan_jobs([folders.inputs], folders.outputs)
+
+
+def test_a_link_to_itself_and_a_name_too_long_stop_nobody(folders: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    (folders.inputs / "loop.nii.gz").symlink_to("loop.nii.gz")
+    good, *_ = folders.put("z.nii.gz")
+    long = folders.inputs / ("x" * 300 + ".nii.gz")
+    report = folders.run([long, folders.inputs])
+    assert [case.status for case in report.cases] == [Status.FAILED, Status.FAILED, Status.DONE]
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2
+    assert errors[0].startswith(f"fastorgan: {long}: ")
+    assert errors[1] == f"fastorgan: {folders.inputs / 'loop.nii.gz'}: no such file"
+    assert report.cases[2].input == str(good)
+
+
+# Batches
+
+
+def test_every_case_gets_its_labels_and_its_line(folders: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    folders.put("a_0000.nii.gz", "b.nii")
+    report = folders.run()
+    assert folders.written() == ["a.nii.gz", "b.nii.gz"]
+    assert all(folders.is_whole(path) for path in folders.outputs.iterdir())
+    said = capsys.readouterr()
+    assert said.err == ""
+    lines = said.out.splitlines()
+    assert len(lines) == 2
+    for number, line in enumerate(lines, 1):
+        target = folders.outputs / f"{'ab'[number - 1]}.nii.gz"
+        assert line.startswith(f"[{number}/2] {target}: liver ")
+        assert line.endswith(" s")
+        assert [f"{organ.name} " in line for organ in ORGANS] == [True] * 4
+    # 18 x 22 x 18 voxels of 0.125 ml.
+    organs = report.cases[0].organs
+    assert organs is not None
+    assert organs["liver"].volume_ml == pytest.approx(891, rel=0.02)
+    assert f"liver {organs['liver'].volume_ml:.0f} ml" in lines[0]
+
+
+def zero_spacing(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<f", content, 84, 0.0)
+    path.write_bytes(content)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 4
+    path.write_bytes(content)
+
+
+def spoil(folders: Folders) -> list[str]:
+    """Put a bad file of each kind among the inputs, and return their names."""
+    folder = folders.inputs
+    volume = np.zeros((4, 5, 6), np.float32)
+
+    def save(name: str, array: NDArray[Any]) -> None:
+        nib.save(nib.Nifti1Image(array, np.eye(4)), folder / name)
+
+    folders.put("cut.nii.gz", "cut2.nii", "bit.nii.gz", "spacing.nii")
+    os.truncate(folder / "cut.nii.gz", (folder / "cut.nii.gz").stat().st_size // 2)
+    os.truncate(folder / "cut2.nii", 1000)
+    flip_a_bit(folder / "bit.nii.gz")
+    zero_spacing(folder / "spacing.nii")
+    (folder / "empty.nii.gz").touch()
+    (folder / "text.nii.gz").write_text("patient,age\n" * 99, encoding="ascii")
+    (folder / "packed text.nii.gz").write_bytes(gzip.compress(b"patient,age\n" * 99))
+    (folder / "folder.nii.gz").mkdir()
+    (folder / "dangling.nii.gz").symlink_to("nowhere")
+    save("flat.nii.gz", volume[0])
+    save("four.nii.gz", np.stack([volume] * 4, axis=-1))
+    volume[1, 2, 3] = np.nan
+    save("nan.nii.gz", volume)
+    return [p.name for p in sorted(folder.iterdir())]
+
+
+def test_bad_files_do_not_stop_good_ones(folders: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = spoil(folders)
+    assert len(bad) == 12
+    folders.put("00 first.nii.gz", "größe 腹部_0000.nii.gz", "zz last.nii")
+    report = folders.run()
+    status = {Path(case.input).name: case.status for case in report.cases}
+    assert [name for name, ended in status.items() if ended is Status.FAILED] == bad
+    assert [name for name, ended in status.items() if ended is Status.DONE] == [
+        "00 first.nii.gz",
+        "größe 腹部_0000.nii.gz",
+        "zz last.nii",
+    ]
+    assert folders.written() == ["00 first.nii.gz", "größe 腹部.nii.gz", "zz last.nii.gz"]
+    assert all(folders.is_whole(path) for path in folders.outputs.iterdir())
+    said = capsys.readouterr()
+    errors = said.err.splitlines()
+    assert len(errors) == len(bad)
+    for name, line in zip(bad, errors, strict=True):
+        assert line.startswith(f"fastorgan: {folders.inputs / name}: ")
+        assert "unexpectedly" not in line
+    assert len(said.out.splitlines()) == 3
+
+
+def test_every_file_bad_is_a_report_of_failures(folders: Folders) -> None:
+    spoil(folders)
+    report = folders.run()
+    assert {case.status for case in report.cases} == {Status.FAILED}
+    assert folders.written() == []
+
+
+def test_names_with_spaces_and_dashes(folders: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    sources = folders.put("-x.nii.gz", "--debug.nii", "a b.nii.gz", "腹部_0000.nii.gz", "$(rm).nii.gz", "100%.nii")
+    report = folders.run(sources, report=folders.outputs / "run.json")
+    assert {case.status for case in report.cases} == {Status.DONE}
+    expected = ["$(rm)", "--debug", "-x", "100%", "a b", "腹部"]
+    assert folders.written() == sorted([f"{name}.nii.gz" for name in expected] + ["run.json"])
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    cases = json.loads((folders.outputs / "run.json").read_text(encoding="utf-8"))["cases"]
+    assert [case["input"] for case in cases] == [str(source) for source in sources]
+
+
+def test_an_obstacle_is_said_and_the_rest_done(folders: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = folders.put("X.nii", "X_0000.nii.gz")
+    report = folders.run()
+    assert [case.status for case in report.cases] == [Status.DONE, Status.FAILED]
+    line = f"fastorgan: {second}: its labels would overwrite those of {first}; give the two different names\n"
+    assert capsys.readouterr().err == line
+    assert folders.written() == ["X.nii.gz"]
+
+
+def test_outputs_in_the_folder_of_inputs_leave_the_inputs_whole(folders: Folders) -> None:
+    sources = folders.put("a.nii.gz", "b_0000.nii.gz")
+    before = [path.read_bytes() for path in sources]
+    for statuses in ([Status.FAILED, Status.DONE], [Status.FAILED] * 3):
+        report = folders.run(output=folders.inputs)
+        assert [case.status for case in report.cases] == statuses
+        assert [path.read_bytes() for path in sources] == before
+    assert folders.is_whole(folders.inputs / "b.nii.gz")
+
+
+def test_one_file_to_one_file(folders: Folders) -> None:
+    (source,) = folders.put("ct.nii.gz")
+    folders.run([source], folders.outputs / "deep" / "labels.nii")
+    assert folders.is_whole(folders.outputs / "deep" / "labels.nii")
+
+
+def test_a_file_that_is_not_there_is_one_failure(folders: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    (good,) = folders.put("ct.nii.gz")
+    missing = folders.inputs / "none.nii.gz"
+    report = folders.run([missing, good])
+    assert [case.status for case in report.cases] == [Status.FAILED, Status.DONE]
+    assert capsys.readouterr().err == f"fastorgan: {missing}: no such file\n"
+
+
+def test_a_target_that_cannot_be_written_is_one_failure(folders: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    folders.put("a.nii.gz", "b.nii.gz")
+    (folders.outputs / "a.nii.gz").mkdir(parents=True)
+    report = folders.run()
+    assert [case.status for case in report.cases] == [Status.FAILED, Status.DONE]
+    assert capsys.readouterr().err.startswith(f"fastorgan: {folders.outputs / 'a.nii.gz'}: cannot be written (")
+    assert folders.written() == ["a.nii.gz", "b.nii.gz"]
+
+
+def test_an_unforeseen_error_is_one_failure_unless_debugging(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, by_hu: Cascade, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, _ = folders.put("a.nii.gz", "b.nii.gz")
+    find = by_hu.find_organs
+    calls: list[int] = []
+
+    def find_organs(volume: Volume) -> Segmentation:
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("two\nlines")
+        return find(volume)
+
+    monkeypatch.setattr(by_hu, "find_organs", find_organs)
+    report = folders.run()
+    assert [case.status for case in report.cases] == [Status.FAILED, Status.DONE]
+    line = f"fastorgan: {bad}: failed unexpectedly (RuntimeError: two lines); --debug shows where\n"
+    assert capsys.readouterr().err == line
+    calls.clear()
+    with pytest.raises(RuntimeError, match="two"):
+        folders.run(debug=True)
+
+
+def test_an_interrupt_ends_the_batch_and_keeps_the_report(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, by_hu: Cascade
+) -> None:
+    folders.put("a.nii.gz", "b.nii.gz", "c.nii.gz")
+    find = by_hu.find_organs
+    calls: list[int] = []
+
+    def find_organs(volume: Volume) -> Segmentation:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return find(volume)
+
+    monkeypatch.setattr(by_hu, "find_organs", find_organs)
+    with pytest.raises(KeyboardInterrupt):
+        folders.run(report=folders.outputs / "run.json")
+    assert folders.written() == ["a.nii.gz", "run.json"]
+    report = json.loads((folders.outputs / "run.json").read_text(encoding="ascii"))
+    assert [case["status"] for case in report["cases"]] == ["done"]
+    assert report["total_seconds"] is None
+
+
+def test_a_preview_lies_beside_its_labels(folders: Folders) -> None:
+    folders.put("a_0000.nii.gz")
+    report = folders.run(preview=True)
+    assert folders.written() == ["a.nii.gz", "a.png"]
+    assert (folders.outputs / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert list(report.cases[0].seconds) == ["read", "roi", "organs", "restore", "write", "preview"]
+
+
+def test_lines_stay_whole_beside_a_progress_bar(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders.put("a.nii.gz", "b.nii.gz")
+    (folders.inputs / "c.nii.gz").touch()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    folders.run()
+    said = capsys.readouterr()
+    assert [line.split(":")[0] for line in said.out.splitlines()] == [
+        f"[{number}/3] {folders.outputs / name}" for number, name in ((1, "a.nii.gz"), (2, "b.nii.gz"))
+    ]
+    assert f"fastorgan: {folders.inputs / 'c.nii.gz'}: " in said.err
+
+
+# What stops a batch
+
+
+def test_an_output_folder_that_cannot_be_made_stops_the_batch(folders: Folders) -> None:
+    folders.put("a.nii.gz")
+    folders.outputs.write_bytes(b"a file")
+    with pytest.raises(VolumeError, match=r"out: cannot be made \(File exists\)\Z"):
+        folders.run()
+    assert folders.outputs.read_bytes() == b"a file"
+
+
+def test_a_report_that_cannot_be_written_stops_the_batch_before_its_first_case(folders: Folders) -> None:
+    folders.put("a.nii.gz")
+    with pytest.raises(FastorganError, match=r"run\.json: cannot be written"):
+        folders.run(report=folders.outputs / "none" / "run.json")
+    assert folders.written() == []
+
+
+@pytest.mark.parametrize("error", [DeviceError("no such device"), WeightsError("no weights")])
+def test_what_the_cascade_lacks_stops_the_batch(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, error: FastorganError
+) -> None:
+    def load(*_: object, **__: object) -> Cascade:
+        raise error
+
+    monkeypatch.setattr(Cascade, "load", load)
+    folders.put("a.nii.gz")
+    with pytest.raises(type(error), match=str(error)):
+        folders.run(report=folders.outputs / "run.json")
+    assert folders.written() == []
+
+
+def test_an_unknown_device_stops_the_batch(folders: Folders) -> None:
+    folders.put("a.nii.gz")
+    with pytest.raises(DeviceError):
+        run_batch(plan_jobs([folders.inputs], folders.outputs), Settings(device="gpu"))
+    assert not folders.outputs.exists()
+
+
+def test_settings_reach_the_cascade(folders: Folders, monkeypatch: pytest.MonkeyPatch, by_hu: Cascade) -> None:
+    asked: list[object] = []
+
+    def load(device: str, **options: object) -> Cascade:
+        asked.append((device, options))
+        return by_hu
+
+    monkeypatch.setattr(Cascade, "load", load)
+    folders.put("a.nii.gz")
+    folders.run(engine="openvino", threads=3, weights=folders.inputs)
+    assert asked == [("cpu", {"engine": "openvino", "threads": 3, "weights": folders.inputs})]
+
+
+# Reports
+
+
+def test_the_report_tells_each_case_on_the_files_axes(folders: Folders) -> None:
+    # Feet first, then front, then right: an orientation of its own for each axis, and a voxel size of its own.
+    folders.image = nib.Nifti1Image(np.asarray(folders.image.dataobj), np.diag([6.0, 5.0, 4.0, 1.0]))
+    turned = folders.image.as_reoriented(np.array([[2, 1], [1, 1], [0, -1]]))
+    assert nib.aff2axcodes(turned.affine) == ("I", "A", "R")
+    nib.save(turned, folders.inputs / "a_0000.nii.gz")
+    (folders.inputs / "b.nii.gz").write_bytes(b"")
+    path = folders.outputs / "run.json"
+    folders.run(report=path, options={"device": "cpu", "inputs": [folders.inputs]})
+    report = json.loads(path.read_text(encoding="ascii"))
+    assert report["counts"] == {"done": 1, "failed": 1, "skipped": 0}
+    assert report["options"] == {"device": "cpu", "inputs": [str(folders.inputs)]}
+    assert report["engine"]["name"] == "fake"
+    assert report["weights_sha256"] == {"roi.xml": "ab"}
+    assert report["total_seconds"] >= report["load_seconds"] >= 0
+    done, failed = report["cases"]
+    assert done["input"] == str(folders.inputs / "a_0000.nii.gz")
+    assert done["output"] == str(folders.outputs / "a.nii.gz")
+    assert done["status"] == "done"
+    assert done["error"] is None
+    assert done["warnings"] == []
+    assert done["device"] == "test processor"
+    assert done["shape"] == [40, 50, 60]
+    assert done["spacing_mm"] == [4.0, 5.0, 6.0]
+    # The organs span voxels 6 to 32 of 40 from the feet, so 8 to 34 from the head; 2 to 42 and 6 to 54 otherwise.
+    assert done["roi"]["fallback"] is None
+    for axis, (first, last) in enumerate(((8, 34), (2, 42), (6, 54))):
+        assert 0 <= done["roi"]["start"][axis] <= first
+        assert last <= done["roi"]["stop"][axis] <= done["shape"][axis]
+    assert list(done["organs"]) == [organ.name for organ in ORGANS]
+    assert done["organs"]["liver"]["volume_ml"] == pytest.approx(18 * 22 * 18 * 0.12, rel=0.02)
+    assert not any(organ["touches_border"] for organ in done["organs"].values())
+    assert list(done["seconds"]) == ["read", "roi", "organs", "restore", "write"]
+    assert 0 < sum(done["seconds"].values()) <= done["total_seconds"] + 1e-3
+    assert done["memory"]["rss_peak_mib"] > 10
+    assert failed["status"] == "failed"
+    assert failed["error"].startswith(str(folders.inputs / "b.nii.gz"))
+    for key in ("output", "shape", "spacing_mm", "roi", "organs", "device"):
+        assert failed[key] is None
+
+
+def test_the_report_is_there_after_every_case(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, by_hu: Cascade
+) -> None:
+    folders.put("a.nii.gz", "b.nii.gz", "c.nii.gz")
+    path = folders.outputs / "run.json"
+    find = by_hu.find_organs
+    done: list[int] = []
+
+    def find_organs(volume: Volume) -> Segmentation:
+        done.append(len(json.loads(path.read_text(encoding="ascii"))["cases"]))
+        return find(volume)
+
+    monkeypatch.setattr(by_hu, "find_organs", find_organs)
+    folders.run(report=path)
+    assert done == [0, 1, 2]
+    assert len(json.loads(path.read_text(encoding="ascii"))["cases"]) == 3
+
+
+# Warnings
+
+
+def measures(*volumes: float) -> dict[str, OrganMeasure]:
+    return {organ.name: OrganMeasure(ml, False) for organ, ml in zip(ORGANS, volumes, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("fallback", "volumes", "lines"),
+    [
+        (None, (1500, 300, 200, 80), []),
+        (None, (1500, 300, 0, 0), ["not found: spleen, pancreas"]),
+        (None, (0, 0, 0, 0), ["no organ was found; is this a CT of the abdomen, in HU?"]),
+        ("only 3 ml", (1, 2, 3, 4), ["the whole volume was searched: only 3 ml"]),
+        ("only 3 ml", (1, 2, 3, 0), ["the whole volume was searched: only 3 ml", "not found: pancreas"]),
+    ],
+)
+def test_warnings_say_what_is_doubtful(fallback: str | None, volumes: tuple[float, ...], lines: list[str]) -> None:
+    found = Segmentation(np.zeros((1, 1, 1), np.uint8), Roi(Box.whole((1, 1, 1)), fallback))
+    assert warnings_for(found, measures(*volumes)) == lines
+
+
+def test_warnings_go_to_standard_error_with_the_files_name(
+    folders: Folders, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = folders.inputs / "air.nii.gz"
+    nib.save(nib.Nifti1Image(np.full((20, 20, 20), -1000, np.int16), np.diag([5.0, 5, 5, 1])), path)
+    report = folders.run()
+    said = capsys.readouterr()
+    assert said.err.splitlines() == [f"fastorgan: warning: {path}: {line}" for line in report.cases[0].warnings]
+    assert len(report.cases[0].warnings) == 2
+    assert len(said.out.splitlines()) == 1
