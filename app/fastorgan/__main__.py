@@ -1,6 +1,7 @@
 """The command `fastorgan`, also `python -m fastorgan`."""
 
 import argparse
+import io
 import signal
 import sys
 import threading
@@ -23,6 +24,10 @@ exit codes:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        # A file's name may hold bytes that are no text; it must not end a run when it is printed.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _terminable():
             code: int = options.run(options)
@@ -134,22 +139,21 @@ def _predict(options: argparse.Namespace) -> int:
 
 def _phantom(options: argparse.Namespace) -> int:
     from .phantom import make_phantom
-    from .volume import save_image
+    from .volume import make_folder, save_image
 
     image, labels = make_phantom(seed=options.seed)
     for volume, path in ((image, options.output), (labels, options.labels)):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             save_image(volume, path)
             print(path)
     return 0
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from .labels import ORGANS
 from .monitor import MemorySampler, StageTimer
 from .report import CaseRecord, OrganMeasure, RoiBox, RunReport, Status, measure
 from .runtime import resolve_device
-from .volume import SUFFIXES, Volume, label_image, load_image, read_volume, save_image
+from .volume import SUFFIXES, Volume, label_image, load_image, make_folder, read_volume, save_image
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
     # The sampler starts before CUDA does, so that its first reading is what the device held without this run.
     sampler = MemorySampler(int(device.removeprefix("cuda:")) if device != "cpu" else None)
     for folder in sorted({job.target.parent for job in jobs}):
-        _make_folder(folder)
+        make_folder(folder)
     with sampler:
         cascade = Cascade.load(device, engine=settings.engine, threads=settings.threads, weights=settings.weights)
         report = RunReport(cascade.engine, cascade.weights.sha256, settings.options)
@@ -216,13 +216,6 @@ def _volumes_in(folder: Path) -> list[Path]:
     if not files:
         raise VolumeError(f"{folder}: holds no {' or '.join(SUFFIXES)} file")
     return files
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise VolumeError(f"{folder}: cannot be made ({error.strerror or error})") from error
 
 
 def _with_progress(jobs: Sequence[Job]) -> Iterator[Job]:

@@ -193,6 +193,18 @@ def label_image(labels: NDArray[np.uint8], like: nib.Nifti1Image) -> nib.Nifti1I
     return image
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder for volumes, and those above it, where there is none.
+
+    Raises:
+        VolumeError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise VolumeError(f"{folder}: cannot be made ({error.strerror or error})") from error
+
+
 def save_image(image: nib.Nifti1Image, path: Path) -> None:
     """Write an image so that `path` is either absent, as it was, or whole.
 
