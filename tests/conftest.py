@@ -6,6 +6,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from hypothesis import settings
 from numpy.typing import NDArray
 
 from fastorgan import cascade
@@ -15,6 +16,10 @@ from fastorgan.labels import CLASSES
 from fastorgan.report import Engine
 from fastorgan.runtime import Network
 from fastorgan.weights import Weights
+
+# A busy machine is no reason to fail.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 BLOCKS_HU = {0: -50, 1: 50, 2: 120, 3: 190, 4: 260}
 """By code; the networks take each voxel for the nearest of these."""

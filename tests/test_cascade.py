@@ -115,7 +115,7 @@ def threshold(x: NDArray[np.float32]) -> NDArray[np.float32]:
     return logits
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     st.sampled_from([0, 1, 2]),
     st.floats(10, 30) | st.floats(-30, -10),
