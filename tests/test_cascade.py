@@ -170,8 +170,8 @@ def test_the_networks_see_the_window_upright(make_cascade: CascadeMaker) -> None
     def roi(x: NDArray[np.float32]) -> NDArray[np.float32]:
         seen["roi"] = x.copy()
         # A block of 12 x 16 x 20 samples.
-        logits = np.full((1, *x.shape), -1, np.float32)
-        logits[0, 10:22, 12:28, 14:34] = 1
+        logits = np.full((1, *x.shape), -0.01, np.float32)
+        logits[0, 10:22, 12:28, 14:34] = 0.01
         return logits
 
     def organs(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -204,8 +204,8 @@ def test_the_networks_see_the_window_upright(make_cascade: CascadeMaker) -> None
 
 def test_nothing_is_labelled_outside_the_box(make_cascade: CascadeMaker) -> None:
     def roi(x: NDArray[np.float32]) -> NDArray[np.float32]:
-        logits = np.full((1, *x.shape), -1, np.float32)
-        logits[0, 10:22, 12:28, 14:34] = 1
+        logits = np.full((1, *x.shape), -0.01, np.float32)
+        logits[0, 10:22, 12:28, 14:34] = 0.01
         return logits
 
     image = nib.Nifti1Image(np.full((60, 60, 60), 200, np.int16), np.diag([8.0, 8.0, 8.0, 1.0]))
