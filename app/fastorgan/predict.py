@@ -146,9 +146,10 @@ def _run_case(cascade: Cascade, job: Job, sampler: MemorySampler, settings: Sett
             with timer.stage("write"):
                 save_image(label_image(found.labels, image), job.target)
             seconds = {"read": timer.seconds["read"], **found.seconds, "write": timer.seconds["write"]}
+            warnings = warnings_for(found, organs)
             if settings.preview:
                 with timer.stage("preview"):
-                    _write_preview(job, volume, found)
+                    warnings += _write_preview(job, volume, found)
                 seconds["preview"] = timer.seconds["preview"]
         except caught as error:
             text = str(error) if isinstance(error, FastorganError) else _unforeseen(job, error)
@@ -163,7 +164,7 @@ def _run_case(cascade: Cascade, job: Job, sampler: MemorySampler, settings: Sett
         str(job.source),
         Status.DONE,
         str(job.target),
-        warnings=warnings_for(found, organs),
+        warnings=warnings,
         device=cascade.engine.device_name,
         shape=volume.grid.shape,
         spacing=(spacing[0], spacing[1], spacing[2]),
@@ -193,11 +194,16 @@ def _roi_in_file(found: Segmentation, volume: Volume) -> RoiBox:
     return RoiBox(start, stop, found.roi.fallback)
 
 
-def _write_preview(job: Job, volume: Volume, found: Segmentation) -> None:
+def _write_preview(job: Job, volume: Volume, found: Segmentation) -> list[str]:
+    """Draw the picture; the labels are written already, so that a failure is only a warning, which is returned."""
     from .preview import draw_preview, save_preview
 
-    picture = draw_preview(volume, found.labels, case=case_name(job.source), roi=found.roi.box)
-    save_preview(picture, job.target.with_name(f"{case_name(job.target)}.png"))
+    try:
+        picture = draw_preview(volume, found.labels, case=case_name(job.source), roi=found.roi.box)
+        save_preview(picture, job.target.with_name(f"{case_name(job.target)}.png"))
+    except FastorganError as error:
+        return [f"no picture: {error}"]
+    return []
 
 
 def _is_folder(path: Path) -> bool:

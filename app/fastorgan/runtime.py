@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .box import CROP_SIZE, ROI_SIZE
-from .errors import DeviceError
+from .errors import DeviceError, WeightsError
 from .monitor import PyNvml, cpu_name
 from .report import Engine
 from .weights import Weights
@@ -162,9 +162,11 @@ class TorchRuntime:
             module: Any = DenseVNet(drop=0.0)
         else:
             module = RoiUNet() if weights.variant(network) == "paper" else SlimRoiUNet()
-        # Batch norm's step counters are not stored: inference does not need them.
         state = safetensors.torch.load(weights.read(network, ".safetensors"))
-        module.load_state_dict(state, strict=False)
+        # Batch norm's step counters are not stored: inference does not need them.
+        missing, strange = module.load_state_dict(state, strict=False)
+        if strange or any(not name.endswith("num_batches_tracked") for name in missing):
+            raise WeightsError(f"{weights.folder}: the {network} weights are of another network")
         kind = torch.float16 if self.device.type == "cuda" else torch.float32
         module.eval().to(self.device, kind, memory_format=torch.channels_last_3d)
 
