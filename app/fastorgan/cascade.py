@@ -7,13 +7,13 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from .box import CROP_SIZE, ROI_SIZE, Box
+from .box import CROP_SIZE, ROI_SIZE
 from .intensity import to_network
 from .monitor import StageTimer
 from .postprocess import organ_margins
 from .resample import resize
 from .restore import restore_labels
-from .roi import Roi, locate
+from .roi import Roi, body_box, locate
 from .runtime import Runtime, choose_runtime
 from .volume import Volume, label_image, read_volume
 from .weights import Weights
@@ -84,9 +84,10 @@ class Cascade:
         """Run the two stages on a volume."""
         timer = StageTimer()
         with timer.stage("roi"):
-            whole = resize(volume.array, Box.whole(volume.shape), ROI_SIZE, volume.unit)
+            body = body_box(volume)
+            whole = resize(volume.array, body, ROI_SIZE, volume.unit)
             foreground = self._roi_net(to_network(whole))[0] > 0
-            roi = locate(foreground, volume.shape, volume.spacing)
+            roi = locate(foreground, body, volume.shape, volume.spacing)
         with timer.stage("organs"):
             crop = resize(volume.array, roi.box, CROP_SIZE, volume.unit)
             logits = self._organ_net(to_network(crop))

@@ -11,10 +11,14 @@ from numpy.typing import NDArray
 
 from .box import Box, extent_mm, frame
 from .components import largest_group
+from .volume import Volume
 
 BRIDGE_MM = (40.0, 60.0, 140.0)
 """Pieces of foreground nearer than this (z, y, x) belong together: in a chest scan's last slices the tips of liver and
 spleen lie as far apart, while what is mistaken for an organ lies above or below: heart, bladder, head."""
+
+BODY_STEP_MM = 4.0
+"""Distance of the voxels that are looked at to find the body."""
 
 LEAST_FOREGROUND_ML = 20.0
 """Less foreground than this is taken for nothing found."""
@@ -36,18 +40,39 @@ class Roi:
     fallback: str | None = None
 
 
-def locate(foreground: NDArray[np.bool_], shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> Roi:
+def body_box(volume: Volume) -> Box:
+    """Find the smallest box of all that is denser than the HU window's lower end: the patient, and the couch.
+
+    The ROI net looks at this box, so that a wide field of view or padding does not make the patient small in it.
+
+    Returns:
+        The box, up to `BODY_STEP_MM` wider than the body on each side; the whole volume where nothing is dense.
+    """
+    steps = tuple(max(1, int(BODY_STEP_MM / size)) for size in volume.spacing)
+    z, y, x = steps
+    dense = volume.unit(volume.array[::z, ::y, ::x]) > 0
+    if not dense.any():
+        return Box.whole(volume.shape)
+    start, stop = extent_mm(dense, tuple(float(step) for step in steps))
+    (z0, y0, x0), (z1, y1, x1) = np.maximum(0, start - steps), np.minimum(volume.shape, stop + steps)
+    return Box((float(z0), float(y0), float(x0)), (float(z1), float(y1), float(x1)))
+
+
+def locate(
+    foreground: NDArray[np.bool_], seen: Box, shape: tuple[int, int, int], spacing: tuple[float, float, float]
+) -> Roi:
     """Find the organs' box from the ROI net's foreground.
 
     Takes the largest group of foreground pieces (`BRIDGE_MM`) and frames it (`box.frame`). Where that group is
     implausibly small (`LEAST_FOREGROUND_ML`, `LEAST_EXTENT_MM`), the whole volume is the box and `fallback` says why.
 
     Args:
-        foreground: (z, y, x) mask over the whole volume at any resolution, `ROI_SIZE` in the cascade.
+        foreground: (z, y, x) mask over `seen` at any resolution, `ROI_SIZE` in the cascade.
+        seen: the part of the volume that the ROI net saw.
         shape: the volume's voxels (z, y, x).
         spacing: the volume's voxel size in mm (z, y, x).
     """
-    voxel = tuple(n * s / m for n, s, m in zip(shape, spacing, foreground.shape, strict=True))
+    voxel = tuple(n * s / m for n, s, m in zip(seen.size, spacing, foreground.shape, strict=True))
     group = largest_group(foreground, voxel, BRIDGE_MM)
     volume_ml = float(np.count_nonzero(group)) * float(np.prod(voxel)) / 1000.0
     if volume_ml < LEAST_FOREGROUND_ML:
@@ -55,4 +80,5 @@ def locate(foreground: NDArray[np.bool_], shape: tuple[int, int, int], spacing: 
     start, stop = extent_mm(group, voxel)
     if (stop - start).min() < LEAST_EXTENT_MM:
         return Roi(Box.whole(shape), f"organs found at low resolution are only {(stop - start).min():.0f} mm thick")
-    return Roi(frame(start, stop, shape, spacing))
+    corner = np.multiply(seen.start, spacing)
+    return Roi(frame(corner + start, corner + stop, shape, spacing))
