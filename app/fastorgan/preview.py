@@ -5,10 +5,8 @@ views, superior is up. Only Pillow is needed for it, and is loaded when a pictur
 installed font is used.
 """
 
-import secrets
 import zlib
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,6 +19,7 @@ from scipy import ndimage
 
 from .box import Box
 from .errors import FastorganError, VolumeError
+from .files import whole_file
 from .intensity import WINDOW_HU
 from .labels import ORGANS, Organ
 from .report import NOTICE, OrganMeasure, measure
@@ -119,17 +118,11 @@ def save_preview(picture: "Image.Image", path: Path) -> None:
     Raises:
         VolumeError: the folder cannot be written to, or the disk is full.
     """
-    partial = path.parent / f".fastorgan-{secrets.token_hex(8)}.png"
     try:
-        # Mode "x" obeys the umask; the files of `tempfile` could be read by their owner alone.
-        with partial.open("xb") as stream:
-            picture.save(stream, format="PNG")
-        partial.replace(path)
+        with whole_file(path, ".png") as partial:
+            picture.save(partial, format="PNG")
     except OSError as error:
         raise VolumeError(f"{path}: cannot be written ({error.strerror or error})") from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def _read_codes(labels: nib.Nifti1Image, image: nib.Nifti1Image, name: str) -> NDArray[np.uint8]:

@@ -4,9 +4,7 @@ import json
 import math
 import os
 import platform
-import secrets
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -18,6 +16,7 @@ from numpy.typing import NDArray
 
 from . import __version__
 from .errors import FastorganError
+from .files import whole_file
 from .labels import ORGANS
 from .monitor import MemoryPeak
 
@@ -256,22 +255,16 @@ class RunReport:
             FastorganError: the file cannot be written there, or `path` names something that is no regular file.
         """
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-        temporary = path.parent / f".fastorgan-{secrets.token_hex(8)}.json"
         try:
             if path.exists() and not path.is_file():
                 # To put a file in the place of /dev/null would do more harm than to refuse it.
                 raise FastorganError(f"{path}: not a regular file; name a file for the report")
-            # Mode "x" obeys the umask; the files of `tempfile` could be read by their owner alone.
-            with temporary.open("x", encoding="ascii") as file:
+            with whole_file(path, ".json") as partial, partial.open("x", encoding="ascii") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
         except OSError as error:
             raise FastorganError(f"{path}: cannot be written ({error.strerror or error})") from error
-        finally:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
 
 def _memory(peak: MemoryPeak) -> dict[str, Any]:

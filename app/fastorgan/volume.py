@@ -6,8 +6,6 @@ reverse order. For a NIfTI file in memory this is a view: no voxel is moved.
 
 import gzip
 import logging
-import os
-import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +20,7 @@ from numpy.typing import NDArray
 
 from .box import Box
 from .errors import VolumeError
+from .files import whole_file
 from .intensity import to_unit
 
 SUFFIXES = (".nii.gz", ".nii")
@@ -214,21 +213,11 @@ def save_image(image: nib.Nifti1Image, path: Path) -> None:
     suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
     if suffix is None:
         raise VolumeError(f"{path}: the name of a label file must end in {' or '.join(SUFFIXES)}")
-    partial = None
     try:
-        handle, partial = tempfile.mkstemp(prefix=".fastorgan-", suffix=suffix, dir=path.parent)
-        os.close(handle)
-        nib.save(image, partial)
-        # mkstemp keeps files private; outputs have the permissions of any new file.
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(partial).chmod(0o666 & ~mask)
-        Path(partial).replace(path)
+        with whole_file(path, suffix) as partial:
+            nib.save(image, partial)
     except OSError as error:
         raise VolumeError(f"{path}: cannot be written ({_one_line(error)})") from error
-    finally:
-        if partial is not None:
-            Path(partial).unlink(missing_ok=True)
 
 
 def _check_stored_spacing(path: Path, image: nib.Nifti1Image) -> None:
