@@ -30,6 +30,8 @@ from training.progress import Progress
 from training.recipes import PRESETS, Recipe
 from training.sampling import Scan
 
+RELEASED = Path(__file__).parents[1] / "weights"
+
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
@@ -526,6 +528,16 @@ def test_weights_of_another_network_are_refused(cache: Path, tmp_path: Path) -> 
         Run(Plan("roi", cache, tmp_path / "roi", LIGHT, steps=1, init=tmp_path / "organs" / CHECKPOINT))
     with pytest.raises(DataError, match=r"nowhere\.pt: cannot be read \(No such file or directory\)"):
         Run(organs(cache, tmp_path / "new", steps=1, init=tmp_path / "nowhere.pt"))
+
+
+@pytest.mark.skipif(not (RELEASED / "organs.safetensors").is_file(), reason="no released weights")
+def test_a_new_run_starts_from_released_weights(tmp_path: Path, cache: Path) -> None:
+    released = pytest.importorskip("safetensors.torch").load_file(RELEASED / "organs.safetensors")
+    run = Run(organs(cache, tmp_path / "new", steps=1, init=RELEASED / "organs.safetensors"))
+    state = run.network.state_dict()
+    assert all(torch.equal(state[name], value.float()) for name, value in released.items())
+    with pytest.raises(DataError, match="another network"):
+        Run(organs(cache, tmp_path / "other", steps=1, init=RELEASED / "roi.safetensors"))
 
 
 # Presets and networks

@@ -74,7 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument(
         "--fold", type=int, nargs=2, metavar=("K", "N"), help="leave out every N-th patient from the K-th, K from 0"
     )
-    fit.add_argument("--init", metavar="FILE", type=Path, help="checkpoint that a new run takes its weights from")
+    fit.add_argument(
+        "--init",
+        metavar="FILE",
+        type=Path,
+        help="a new run takes its weights from this checkpoint or .safetensors file",
+    )
     fit.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     fit.add_argument("--threads", type=_count, help="CPU threads (default: torch's choice)")
     fit.add_argument("--seed", type=int, default=0, help="of initialisation, order and augmentation (default: 0)")

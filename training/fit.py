@@ -60,7 +60,7 @@ class Plan:
         steps, minutes: the run's whole length; progress is whichever share is larger. The recipe's own if both None.
         slice_minutes: stop this process after so long, to be resumed later on the same schedule.
         fold: (k, n) leaves out every n-th patient, from the k-th, and validates on them; None trains on all.
-        init: checkpoint whose exported weights to start from.
+        init: checkpoint whose exported weights to start from, or released weights (.safetensors).
         device: "cpu", "cuda" or "cuda:N".
         seed: of initialisation, order and augmentation.
 
@@ -315,10 +315,25 @@ class Run:
         write_checkpoint(state, self.plan.out / CHECKPOINT)
 
     def _take_weights(self, checkpoint: Path) -> None:
+        if checkpoint.suffix == ".safetensors":
+            self._take_released_weights(checkpoint)
+            return
         state = read_checkpoint(checkpoint, self.device)
         if not self._is_same_network(state):
             raise DataError(f"{checkpoint}: holds the weights of another network")
         self.network.load_state_dict(state["export"])
+
+    def _take_released_weights(self, path: Path) -> None:
+        import safetensors.torch
+
+        try:
+            state = safetensors.torch.load_file(path)
+            missing, strange = self.network.load_state_dict(state, strict=False)
+        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+            raise DataError(f"{path}: cannot be read, or holds the weights of another network") from error
+        # Batch norm's step counters are not released.
+        if strange or any(not name.endswith("num_batches_tracked") for name in missing):
+            raise DataError(f"{path}: holds the weights of another network")
 
     def _is_same_network(self, state: dict[str, Any]) -> bool:
         # Only the ROI net has variants.
