@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastorgan.box import Box, extent_mm, frame
+from fastorgan.files import whole_file
 from fastorgan.intensity import to_levels
 from fastorgan.labels import CLASSES, IGNORE
 from fastorgan.resample import resize
@@ -54,10 +55,8 @@ class CachedVolume:
 
     def save(self, path: Path) -> None:
         """Write one compressed npz file, whole or not at all."""
-        partial = path.with_name(f"{path.name}.partial")
-        with partial.open("wb") as stream:
+        with whole_file(path, ".npz") as partial, partial.open("wb") as stream:
             np.savez_compressed(stream, **self.__dict__)
-        partial.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> "CachedVolume":

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from fastorgan.files import whole_file
+
 from .cases import DataError
 
 CHECKPOINT = "checkpoint.pt"
@@ -31,6 +33,5 @@ def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
 
 def write_checkpoint(state: dict[str, Any], path: Path) -> None:
     """Write a checkpoint; what was at `path` stays until the new one is whole."""
-    partial = path.with_name(f"{path.name}.partial")
-    torch.save(state, partial)
-    partial.replace(path)
+    with whole_file(path, ".pt") as partial:
+        torch.save(state, partial)
