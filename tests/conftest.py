@@ -30,6 +30,7 @@ class FakeRuntime:
 
     def __init__(self, roi: Network, organs: Network):
         self._networks = {"roi": roi, "organs": organs}
+        self.faults: list[str] = []
 
     @property
     def engine(self) -> Engine:

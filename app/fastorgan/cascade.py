@@ -11,6 +11,7 @@ from .box import CROP_SIZE, ROI_SIZE
 from .intensity import to_network
 from .monitor import StageTimer
 from .postprocess import organ_margins
+from .report import Engine
 from .resample import resize
 from .restore import restore_labels
 from .roi import Roi, body_box, locate
@@ -27,11 +28,13 @@ class Segmentation:
         labels: uint8 organ codes in the file's axes.
         roi: where the organ net looked.
         seconds: wall seconds by stage.
+        faults: one line for each device that was left while this ran.
     """
 
     labels: NDArray[np.uint8]
     roi: Roi
     seconds: dict[str, float] = field(default_factory=dict)
+    faults: tuple[str, ...] = ()
 
 
 class Cascade:
@@ -42,8 +45,8 @@ class Cascade:
     """
 
     def __init__(self, runtime: Runtime, weights: Weights):
-        self.engine = runtime.engine
         self.weights = weights
+        self._runtime = runtime
         self._roi_net = runtime.load(weights, "roi")
         self._organ_net = runtime.load(weights, "organs")
 
@@ -65,6 +68,16 @@ class Cascade:
         """
         return cls(choose_runtime(device, engine, threads), Weights.find(weights))
 
+    @property
+    def engine(self) -> Engine:
+        """What runs the networks now; under "auto" the CPU takes over from a card that fails."""
+        return self._runtime.engine
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """One line for each device that was meant to run the networks and does not."""
+        return tuple(self._runtime.faults)
+
     def segment(self, image: nib.Nifti1Image) -> nib.Nifti1Image:
         """Label the organs of a CT in HU.
 
@@ -83,6 +96,7 @@ class Cascade:
     def find_organs(self, volume: Volume) -> Segmentation:
         """Run the two stages on a volume."""
         timer = StageTimer()
+        known = len(self.faults)
         with timer.stage("roi"):
             body = body_box(volume)
             whole = resize(volume.array, body, ROI_SIZE, volume.unit)
@@ -94,4 +108,4 @@ class Cascade:
         with timer.stage("restore"):
             voxel_mm3 = np.prod(np.multiply(roi.box.size, volume.spacing)) / np.prod(CROP_SIZE)
             labels = restore_labels(organ_margins(logits, float(voxel_mm3)), roi.box, volume)
-        return Segmentation(labels, roi, timer.seconds)
+        return Segmentation(labels, roi, timer.seconds, self.faults[known:])

@@ -11,7 +11,7 @@ from pathlib import Path
 import nibabel as nib
 
 from .cascade import Cascade, Segmentation
-from .errors import FastorganError, VolumeError
+from .errors import DeviceError, FastorganError, VolumeError
 from .labels import ORGANS
 from .monitor import MemorySampler, StageTimer
 from .report import CaseRecord, OrganMeasure, RoiBox, RunReport, Status, measure
@@ -108,8 +108,14 @@ def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
     for folder in sorted({job.target.parent for job in jobs}):
         make_folder(folder)
     with sampler:
-        cascade = Cascade.load(device, engine=settings.engine, threads=settings.threads, weights=settings.weights)
+        # Not `device`: a card that was not asked for by name may be left for the CPU.
+        cascade = Cascade.load(
+            settings.device, engine=settings.engine, threads=settings.threads, weights=settings.weights
+        )
         report = RunReport(cascade.engine, cascade.weights.sha256, settings.options)
+        report.warnings += cascade.faults
+        for line in cascade.faults:
+            print(f"fastorgan: warning: {line}", file=sys.stderr, flush=True)
         report.load_seconds = time.perf_counter() - begun
         if sampler.samples:
             report.gpu_at_start_mib = sampler.samples[0].device_mib
@@ -153,6 +159,9 @@ def _run_case(cascade: Cascade, job: Job, sampler: MemorySampler, settings: Sett
                 seconds["preview"] = timer.seconds["preview"]
         except caught as error:
             text = str(error) if isinstance(error, FastorganError) else _unforeseen(job, error)
+            if isinstance(error, DeviceError):
+                # It knows of cards and not of files.
+                text = f"{job.source}: {text}"
             return CaseRecord(
                 str(job.source),
                 Status.FAILED,
@@ -178,7 +187,7 @@ def _run_case(cascade: Cascade, job: Job, sampler: MemorySampler, settings: Sett
 
 def warnings_for(found: Segmentation, organs: dict[str, OrganMeasure]) -> list[str]:
     """What a user should know about a result before trusting it, one line each."""
-    lines = []
+    lines = list(found.faults)
     if found.roi.fallback is not None:
         lines.append(f"the whole volume was searched: {found.roi.fallback}")
     missing = [name for name, organ in organs.items() if organ.volume_ml == 0]

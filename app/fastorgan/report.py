@@ -203,6 +203,7 @@ class RunReport:
         options: the command's options by name; values that JSON does not know are written as text.
         started: when the run began, with its time zone.
         load_seconds: wall seconds until the networks were ready, imports included; None if they were not.
+        warnings: one line each, about the run as a whole, such as a card that was left for the CPU.
         cases: one record per case, in the order of the work.
         total_seconds: wall seconds of the run; None while it goes on, and so in the report of a run that was killed.
         memory: peaks of the run.
@@ -214,6 +215,7 @@ class RunReport:
     options: Mapping[str, object]
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     load_seconds: float | None = None
+    warnings: list[str] = field(default_factory=list)
     cases: list[CaseRecord] = field(default_factory=list)
     total_seconds: float | None = None
     memory: MemoryPeak = field(default_factory=MemoryPeak)
@@ -241,6 +243,7 @@ class RunReport:
             "load_seconds": _rounded(self.load_seconds, 4),
             "total_seconds": _rounded(self.total_seconds, 4),
             "memory": _memory(self.memory) | {"gpu_at_start_mib": _rounded(self.gpu_at_start_mib, 1)},
+            "warnings": list(self.warnings),
             "counts": {status.value: statuses.count(status) for status in Status},
             "cases": [case.to_dict() for case in self.cases],
         }
