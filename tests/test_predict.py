@@ -3,6 +3,7 @@ import json
 import os
 import struct
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from fastorgan import predict, volume
 from fastorgan.box import Box
 from fastorgan.cascade import Cascade, Segmentation
 from fastorgan.errors import DeviceError, FastorganError, VolumeError, WeightsError
@@ -345,13 +347,13 @@ def test_an_unforeseen_error_is_one_failure_unless_debugging(
         return find(volume)
 
     monkeypatch.setattr(by_hu, "find_organs", find_organs)
-    report = folders.run()
+    report = folders.run(jobs=1)
     assert [case.status for case in report.cases] == [Status.FAILED, Status.DONE]
     line = f"fastorgan: {bad}: failed unexpectedly (RuntimeError: two lines); --debug shows where\n"
     assert capsys.readouterr().err == line
     calls.clear()
     with pytest.raises(RuntimeError, match="two"):
-        folders.run(debug=True)
+        folders.run(jobs=1, debug=True)
 
 
 def test_an_interrupt_ends_the_batch_and_keeps_the_report(
@@ -369,7 +371,7 @@ def test_an_interrupt_ends_the_batch_and_keeps_the_report(
 
     monkeypatch.setattr(by_hu, "find_organs", find_organs)
     with pytest.raises(KeyboardInterrupt):
-        folders.run(report=folders.outputs / "run.json")
+        folders.run(jobs=1, report=folders.outputs / "run.json")
     assert folders.written() == ["a.nii.gz", "run.json"]
     report = json.loads((folders.outputs / "run.json").read_text(encoding="ascii"))
     assert [case["status"] for case in report["cases"]] == ["done"]
@@ -381,7 +383,7 @@ def test_a_preview_lies_beside_its_labels(folders: Folders) -> None:
     report = folders.run(preview=True)
     assert folders.written() == ["a.nii.gz", "a.png"]
     assert (folders.outputs / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert list(report.cases[0].seconds) == ["read", "roi", "organs", "restore", "write", "preview"]
+    assert list(report.cases[0].seconds) == ["read", "wait", "roi", "organs", "restore", "write", "preview"]
 
 
 def test_lines_stay_whole_beside_a_progress_bar(
@@ -485,7 +487,7 @@ def test_the_report_tells_each_case_on_the_files_axes(folders: Folders) -> None:
     assert list(done["organs"]) == [organ.name for organ in ORGANS]
     assert done["organs"]["liver"]["volume_ml"] == pytest.approx(18 * 22 * 18 * 0.12, rel=0.02)
     assert not any(organ["touches_border"] for organ in done["organs"].values())
-    assert list(done["seconds"]) == ["read", "roi", "organs", "restore", "write"]
+    assert list(done["seconds"]) == ["read", "wait", "roi", "organs", "restore", "write"]
     assert 0 < sum(done["seconds"].values()) <= done["total_seconds"] + 1e-3
     assert done["memory"]["rss_peak_mib"] > 10
     assert failed["status"] == "failed"
@@ -494,22 +496,78 @@ def test_the_report_tells_each_case_on_the_files_axes(folders: Folders) -> None:
         assert failed[key] is None
 
 
-def test_the_report_is_there_after_every_case(
+def test_the_report_is_there_after_every_case(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders.put("a.nii.gz", "b.nii.gz", "c.nii.gz")
+    write = RunReport.write
+    lengths: list[int] = []
+
+    def write_and_look(report: RunReport, path: Path) -> None:
+        write(report, path)
+        lengths.append(len(json.loads(path.read_text(encoding="ascii"))["cases"]))
+
+    monkeypatch.setattr(RunReport, "write", write_and_look)
+    folders.run(report=folders.outputs / "run.json")
+    assert lengths == [0, 1, 2, 3, 3]
+
+
+# Several cases at a time
+
+
+def test_the_first_case_is_read_while_the_networks_are_loaded(
     folders: Folders, monkeypatch: pytest.MonkeyPatch, by_hu: Cascade
 ) -> None:
-    folders.put("a.nii.gz", "b.nii.gz", "c.nii.gz")
-    path = folders.outputs / "run.json"
-    find = by_hu.find_organs
-    done: list[int] = []
+    folders.put("a.nii.gz")
+    read = threading.Event()
 
-    def find_organs(volume: Volume) -> Segmentation:
-        done.append(len(json.loads(path.read_text(encoding="ascii"))["cases"]))
-        return find(volume)
+    def load(*_: object, **__: object) -> Cascade:
+        assert read.wait(20)
+        return by_hu
+
+    def read_volume(*given: Any) -> Volume:
+        read.set()
+        return volume.read_volume(*given)
+
+    monkeypatch.setattr(Cascade, "load", load)
+    monkeypatch.setattr(predict, "read_volume", read_volume)
+    assert [case.status for case in folders.run(jobs=1).cases] == [Status.DONE]
+
+
+def test_a_case_is_read_while_another_is_segmented_but_no_third(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, by_hu: Cascade
+) -> None:
+    folders.put("a.nii.gz", "b.nii.gz", "c.nii.gz", "d.nii.gz", "e.nii.gz")
+    find = by_hu.find_organs
+    lock = threading.Lock()
+    second = threading.Event()
+    in_memory: list[int] = [0]
+    most: list[int] = []
+
+    def count(change: int) -> None:
+        with lock:
+            in_memory[0] += change
+            most.append(in_memory[0])
+            if in_memory[0] == 2:
+                second.set()
+
+    def read_volume(*given: Any) -> Volume:
+        count(1)
+        return volume.read_volume(*given)
+
+    def save_image(*given: Any) -> None:
+        volume.save_image(*given)
+        count(-1)
+
+    def find_organs(scan: Volume) -> Segmentation:
+        assert second.wait(20)
+        return find(scan)
 
     monkeypatch.setattr(by_hu, "find_organs", find_organs)
-    folders.run(report=path)
-    assert done == [0, 1, 2]
-    assert len(json.loads(path.read_text(encoding="ascii"))["cases"]) == 3
+    monkeypatch.setattr(predict, "read_volume", read_volume)
+    monkeypatch.setattr(predict, "save_image", save_image)
+    report = folders.run(jobs=2)
+    assert max(most) == 2
+    assert [Path(case.input).name for case in report.cases] == [f"{name}.nii.gz" for name in "abcde"]
+    assert all(folders.is_whole(path) for path in folders.outputs.iterdir())
 
 
 # Warnings

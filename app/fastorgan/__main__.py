@@ -99,6 +99,13 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     predict.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     predict.add_argument("--engine", default="auto", help="auto, openvino or torch (default: auto)")
     predict.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
+    predict.add_argument(
+        "--jobs",
+        type=_positive,
+        default=2,
+        help="cases worked on at a time, so that one is read or written while another is segmented; each holds its "
+        "scan in memory (default: 2)",
+    )
     predict.add_argument("--weights", metavar="DIR", type=Path, help="other weights than the released ones")
     predict.add_argument("--report", metavar="FILE", type=Path, help="write a run report (JSON)")
     predict.add_argument("--preview", action="store_true", help="write a picture (PNG) beside each label file")
@@ -128,6 +135,7 @@ def _predict(options: argparse.Namespace) -> int:
         options.engine,
         options.threads,
         options.weights,
+        options.jobs,
         options.report,
         options.preview,
         options.debug,

@@ -38,7 +38,7 @@ class Segmentation:
 
 
 class Cascade:
-    """Both networks, loaded and ready; one object serves many cases, one at a time.
+    """Both networks, loaded and ready; one object serves many cases and many threads.
 
     Example:
         >>> labels = Cascade.load().segment(nibabel.load("ct.nii.gz"))

@@ -1,22 +1,27 @@
-"""Many cases, one after the other: which files, what is said, what is reported."""
+"""Many cases: which files, what is said, what is reported."""
 
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import nibabel as nib
 
 from .cascade import Cascade, Segmentation
 from .errors import DeviceError, FastorganError, VolumeError
+from .in_order import InOrder
 from .labels import ORGANS
 from .monitor import MemorySampler, StageTimer
 from .report import CaseRecord, OrganMeasure, RoiBox, RunReport, Status, measure
 from .runtime import resolve_device
 from .volume import SUFFIXES, Volume, label_image, load_image, make_folder, read_volume, save_image
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,8 @@ class Settings:
 
     Attributes:
         device, engine, threads, weights: as `Cascade.load` takes them.
+        jobs: how many cases are worked on at a time; one is read or written while another is segmented. Each holds
+            its scan in memory.
         report: where the run report goes, if anywhere.
         preview: whether a PNG is written beside each label file.
         debug: let unforeseen errors through with their traceback.
@@ -44,6 +51,7 @@ class Settings:
     engine: str = "auto"
     threads: int | None = None
     weights: Path | None = None
+    jobs: int = 2
     report: Path | None = None
     preview: bool = False
     debug: bool = False
@@ -107,23 +115,30 @@ def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
     sampler = MemorySampler(int(device.removeprefix("cuda:")) if device != "cpu" else None)
     for folder in sorted({job.target.parent for job in jobs}):
         make_folder(folder)
-    with sampler:
-        # Not `device`: a card that was not asked for by name may be left for the CPU.
-        cascade = Cascade.load(
-            settings.device, engine=settings.engine, threads=settings.threads, weights=settings.weights
-        )
-        report = RunReport(cascade.engine, cascade.weights.sha256, settings.options)
-        report.warnings += cascade.faults
-        for line in cascade.faults:
-            print(f"fastorgan: warning: {line}", file=sys.stderr, flush=True)
-        report.load_seconds = time.perf_counter() - begun
-        if sampler.samples:
-            report.gpu_at_start_mib = sampler.samples[0].device_mib
-        if settings.report is not None:
-            # Where it cannot be written, this is the time to say so.
-            report.write(settings.report)
-        for number, job in enumerate(_with_progress(jobs), 1):
-            record = _run_case(cascade, job, sampler, settings)
+    loaded: Future[Cascade] = Future()
+
+    def run(job: Job) -> CaseRecord:
+        return _run_case(loaded, job, sampler, settings)
+
+    # The first cases are read while the networks are loaded.
+    with sampler, InOrder(run, jobs, settings.jobs) as records:
+        with _told(loaded):
+            # Not `device`: a card that was not asked for by name may be left for the CPU.
+            cascade = Cascade.load(
+                settings.device, engine=settings.engine, threads=settings.threads, weights=settings.weights
+            )
+            report = RunReport(cascade.engine, cascade.weights.sha256, settings.options)
+            report.warnings += cascade.faults
+            for line in cascade.faults:
+                print(f"fastorgan: warning: {line}", file=sys.stderr, flush=True)
+            report.load_seconds = time.perf_counter() - begun
+            if sampler.samples:
+                report.gpu_at_start_mib = sampler.samples[0].device_mib
+            if settings.report is not None:
+                # Where it cannot be written, this is the time to say so.
+                report.write(settings.report)
+        loaded.set_result(cascade)
+        for number, (job, record) in enumerate(_with_progress(zip(jobs, records, strict=True), len(jobs)), 1):
             report.cases.append(record)
             _tell(record, job, number, len(jobs))
             if settings.report is not None:
@@ -135,7 +150,17 @@ def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
     return report
 
 
-def _run_case(cascade: Cascade, job: Job, sampler: MemorySampler, settings: Settings) -> CaseRecord:
+@contextmanager
+def _told(promised: Future[Cascade]) -> Iterator[None]:
+    """Tell those who wait for what the block makes that it will not come, where the block fails."""
+    try:
+        yield
+    except BaseException as error:
+        promised.set_exception(error)
+        raise
+
+
+def _run_case(loaded: Future[Cascade], job: Job, sampler: MemorySampler, settings: Settings) -> CaseRecord:
     begun = time.perf_counter()
     caught: tuple[type[Exception], ...] = (FastorganError,) if settings.debug else (Exception,)
     with sampler.window() as window:
@@ -146,17 +171,18 @@ def _run_case(cascade: Cascade, job: Job, sampler: MemorySampler, settings: Sett
             with timer.stage("read"):
                 image = load_image(job.source)
                 volume = read_volume(image, str(job.source))
+            with timer.stage("wait"):
+                cascade = loaded.result()
             found = cascade.find_organs(volume)
+            seconds = timer.seconds | found.seconds
             spacing = tuple(float(s) for s in nib.affines.voxel_sizes(image.affine))
             organs = measure(found.labels, (spacing[0], spacing[1], spacing[2]))
             with timer.stage("write"):
                 save_image(label_image(found.labels, image), job.target)
-            seconds = {"read": timer.seconds["read"], **found.seconds, "write": timer.seconds["write"]}
             warnings = warnings_for(found, organs)
             if settings.preview:
                 with timer.stage("preview"):
                     warnings += _write_preview(job, volume, found)
-                seconds["preview"] = timer.seconds["preview"]
         except caught as error:
             text = str(error) if isinstance(error, FastorganError) else _unforeseen(job, error)
             if isinstance(error, DeviceError):
@@ -179,7 +205,7 @@ def _run_case(cascade: Cascade, job: Job, sampler: MemorySampler, settings: Sett
         spacing=(spacing[0], spacing[1], spacing[2]),
         roi=_roi_in_file(found, volume),
         organs=organs,
-        seconds=seconds,
+        seconds=seconds | timer.seconds,
         total_seconds=time.perf_counter() - begun,
         memory=window.peak,
     )
@@ -233,14 +259,14 @@ def _volumes_in(folder: Path) -> list[Path]:
     return files
 
 
-def _with_progress(jobs: Sequence[Job]) -> Iterator[Job]:
-    """Yield the jobs behind a progress bar on a terminal, plainly elsewhere."""
+def _with_progress(done: Iterable[T], total: int) -> Iterator[T]:
+    """Yield what is done behind a progress bar on a terminal, plainly elsewhere."""
     if not sys.stderr.isatty():
-        yield from jobs
+        yield from done
         return
     from tqdm import tqdm
 
-    yield from tqdm(jobs, unit="case", leave=False)
+    yield from tqdm(done, total=total, unit="case", leave=False)
 
 
 def _tell(record: CaseRecord, job: Job, number: int, total: int) -> None:

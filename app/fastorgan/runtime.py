@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from .report import Engine
 from .weights import Weights
 
 Network = Callable[[NDArray[np.float32]], NDArray[np.float32]]
-"""Maps a network input (z, y, x) to its logits (classes, z, y, x), both float32."""
+"""Maps a network input (z, y, x) to its logits (classes, z, y, x), both float32; threads may share it."""
 
 ENGINES = ("auto", "openvino", "torch")
 
@@ -109,6 +110,7 @@ class FallbackRuntime:
 
     def __init__(self, card: Callable[[], Runtime], cpu: Callable[[], Runtime]):
         self.faults: list[str] = []
+        self._busy = threading.Lock()
         self._cpu: Callable[[], Runtime] | None = cpu
         try:
             self._runtime = card()
@@ -134,14 +136,16 @@ class FallbackRuntime:
 
         def run(x: NDArray[np.float32]) -> NDArray[np.float32]:
             nonlocal home, loaded
-            if home is self._runtime:
-                try:
-                    return loaded(x)
-                except DeviceError as fault:
-                    self._leave_card(fault)
-            # The card was left, in this call or while the other network ran.
-            home, loaded = self._runtime, self._runtime.load(weights, network)
-            return loaded(x)
+            # One thread at a time: the others must find the card either working or left.
+            with self._busy:
+                if home is self._runtime:
+                    try:
+                        return loaded(x)
+                    except DeviceError as fault:
+                        self._leave_card(fault)
+                # The card was left, in this call or while the other network ran.
+                home, loaded = self._runtime, self._runtime.load(weights, network)
+                return loaded(x)
 
         return run
 
@@ -189,9 +193,12 @@ class OpenVinoRuntime:
         model = self._core.read_model(weights.read(network, ".xml"), weights.read(network, ".bin"))
         compiled = self._core.compile_model(model, "CPU", self._settings)
         request = compiled.create_infer_request()
+        # One pass at a time: each request more would hold the network's activations once more.
+        busy = threading.Lock()
 
         def run(x: NDArray[np.float32]) -> NDArray[np.float32]:
-            result = request.infer([x[None, None]], share_inputs=True, share_outputs=True)
+            with busy:
+                result = request.infer([x[None, None]], share_inputs=True, share_outputs=False)
             logits: NDArray[np.float32] = result[0][0]
             return logits
 
@@ -254,8 +261,10 @@ class TorchRuntime:
         with self._card_faults():
             module.eval().to(self.device, kind, memory_format=torch.channels_last_3d)
 
+        busy = threading.Lock()
+
         def run(x: NDArray[np.float32]) -> NDArray[np.float32]:
-            with torch.inference_mode(), self._card_faults():
+            with busy, torch.inference_mode(), self._card_faults():
                 given = torch.from_numpy(np.ascontiguousarray(x))[None, None].to(self.device, kind)
                 logits = module(given.contiguous(memory_format=torch.channels_last_3d))
                 # Half precision ends at 65,504, and a comparison with NaN would quietly make background of it.

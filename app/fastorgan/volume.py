@@ -4,9 +4,7 @@ Inside fastorgan arrays are (z, y, x) with z to the head, y to the front and x t
 reverse order. For a NIfTI file in memory this is a view: no voxel is moved.
 """
 
-import gzip
 import logging
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 from .box import Box
 from .errors import VolumeError
 from .files import whole_file
+from .gzipped import DAMAGE, open_packed, pack_to
 from .intensity import to_unit
 
 SUFFIXES = (".nii.gz", ".nii")
@@ -126,7 +125,7 @@ def load_image(path: Path) -> nib.Nifti1Image:
         raise
     except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
         raise VolumeError(f"{path}: not a readable NIfTI file ({_one_line(error)})") from error
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except DAMAGE as error:
         raise VolumeError(f"{path}: damaged or not readable ({_one_line(error)})") from error
     return image
 
@@ -215,7 +214,11 @@ def save_image(image: nib.Nifti1Image, path: Path) -> None:
         raise VolumeError(f"{path}: the name of a label file must end in {' or '.join(SUFFIXES)}")
     try:
         with whole_file(path, suffix) as partial:
-            nib.save(image, partial)
+            if suffix == ".nii":
+                nib.save(image, partial)
+            else:
+                with pack_to(partial) as stream:
+                    image.to_stream(stream)
     except OSError as error:
         raise VolumeError(f"{path}: cannot be written ({_one_line(error)})") from error
 
@@ -253,7 +256,7 @@ def _stored_values(image: nib.Nifti1Image, name: str) -> tuple[NDArray[np.generi
         packed = isinstance(proxy.file_like, str) and proxy.file_like.endswith(".gz")
         stored = _unpacked(proxy) if packed else np.asanyarray(proxy.get_unscaled())
         return stored, float(proxy.slope), float(proxy.inter)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except DAMAGE as error:
         raise VolumeError(f"{name}: damaged, its voxels cannot be read ({_one_line(error)})") from error
     except MemoryError as error:
         size = " x ".join(map(str, image.shape))
@@ -264,7 +267,7 @@ def _unpacked(proxy: Any) -> NDArray[np.generic]:
     """Read a .gz file to its very end, where its checksum lies: nibabel stops at the last voxel and never checks it."""
     stored: NDArray[np.generic] = np.empty(proxy.shape, proxy.dtype, order=proxy.order)
     room = stored.reshape(-1, order=proxy.order).view(np.uint8).data
-    with gzip.open(proxy.file_like) as stream:
+    with open_packed(proxy.file_like) as stream:
         stream.seek(proxy.offset)
         filled = 0
         while filled < len(room):

@@ -1,0 +1,97 @@
+"""`fastorgan.in_order`."""
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from fastorgan.in_order import InOrder
+
+
+def test_results_come_in_the_order_of_the_items() -> None:
+    last_done = threading.Event()
+
+    def work(item: int) -> int:
+        # The first comes to its end after the last.
+        if item == 0:
+            assert last_done.wait(20)
+        if item == 4:
+            last_done.set()
+        return item * item
+
+    with InOrder(work, range(5), 2) as results:
+        assert list(results) == [0, 1, 4, 9, 16]
+
+
+def test_no_more_than_asked_for_are_worked_on_at_a_time() -> None:
+    lock = threading.Lock()
+    both = threading.Event()
+    busy = [0]
+    most: list[int] = []
+
+    def work(item: int) -> None:
+        with lock:
+            busy[0] += 1
+            most.append(busy[0])
+            if busy[0] == 3:
+                both.set()
+        assert both.wait(20)
+        with lock:
+            busy[0] -= 1
+
+    with InOrder(work, range(30), 3) as results:
+        list(results)
+    assert max(most) == 3
+
+
+def test_work_begins_before_anybody_asks() -> None:
+    begun = threading.Event()
+    with InOrder(lambda item: begun.set(), [0], 1):
+        assert begun.wait(20)
+
+
+def test_nothing_to_do_is_no_result() -> None:
+    nothing: list[int] = []
+    with InOrder(str, nothing, 1) as results:
+        assert list(results) == []
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_comes_in_its_turn_and_nothing_is_begun_after_it(error: type[BaseException]) -> None:
+    begun: list[int] = []
+    got: list[int] = []
+
+    def work(item: int) -> int:
+        begun.append(item)
+        if item == 1:
+            raise error
+        return item
+
+    def take() -> Iterator[int]:
+        with InOrder(work, range(9), 1) as results:
+            yield from results
+
+    with pytest.raises(error):
+        got.extend(take())
+    assert begun == [0, 1]
+    assert got == [0]
+
+
+def test_leaving_early_waits_for_what_is_under_way_and_begins_no_more() -> None:
+    begun, leave = threading.Event(), threading.Event()
+    ended: list[int] = []
+
+    def work(item: int) -> None:
+        begun.set()
+        assert leave.wait(20)
+        ended.append(item)
+
+    def interrupted() -> None:
+        with InOrder(work, range(9), 1):
+            assert begun.wait(20)
+            threading.Timer(0.1, leave.set).start()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert ended == [0]
