@@ -267,6 +267,7 @@ def test_the_report_holds_the_options(inputs: Path) -> None:
         "device": "cpu",
         "engine": "auto",
         "threads": 2,
+        "jobs": 2,
         "weights": None,
         "report": str(report),
         "preview": False,
