@@ -25,7 +25,7 @@ from tests.synthetic_cache import one_thread, write_cache
 from training import fit
 from training.cases import DataError
 from training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
-from training.fit import LOG, Average, DivergedError, Plan, PlanError, Run
+from training.fit import LOG, Average, DivergedError, Plan, PlanError, Run, bf16_pays
 from training.progress import Progress
 from training.recipes import PRESETS, Recipe
 from training.sampling import Scan
@@ -670,3 +670,12 @@ def test_progress_on_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch:
     # A fifth in a minute: 3.5 more for the other seven tenths.
     assert second.rstrip() == "roi: step 2, 30.0%, loss 1.0000 4 min left"
     assert second.endswith("\n")
+
+
+@pytest.mark.parametrize(("capability", "expected"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)])
+def test_bf16_only_where_the_cpu_is_fast_at_it(
+    capability: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert bf16_pays(torch.device("cpu")) is expected
+    assert bf16_pays(torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""The training loop: one network, batch 1, on a CPU (bf16 autocast) or one GPU, stopped and resumed at will."""
+"""The training loop: one network, batch 1, on a CPU or one GPU, stopped and resumed at will."""
 
 import csv
 import dataclasses
@@ -248,7 +248,7 @@ class Run:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         image = image.contiguous(memory_format=torch.channels_last_3d)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16_pays(self.device)):
             logits = self.network(image)
         if self.plan.network == "roi":
             terms = {"loss": foreground_loss(logits, target)}
@@ -366,6 +366,14 @@ class Run:
                 writer.writeheader()
             numbers = {key: f"{value:.6g}" for key, value in values.items()}
             writer.writerow({"step": self.step, "minutes": f"{self.seconds / 60:.2f}"} | numbers)
+
+
+def bf16_pays(device: torch.device) -> bool:
+    """Whether to train in bf16: on GPUs, and on CPUs with AVX-512.
+
+    On others torch's bf16 convolutions are emulated, and a step takes minutes instead of seconds.
+    """
+    return device.type == "cuda" or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _dice(a: Tensor, b: Tensor) -> float:
