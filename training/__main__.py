@@ -56,7 +56,8 @@ def _parser() -> argparse.ArgumentParser:
         "fit",
         help="train a network from the cache",
         epilog="example: python -m training fit organs --data runs/cache --out runs/organs --minutes 90\n\n"
-        "The same command again resumes an unfinished run. The folder of the run holds checkpoint.pt and log.csv.",
+        "The same command again resumes an unfinished run. The folder of the run holds checkpoint.pt and log.csv.\n"
+        "Several GPUs, processes or machines: torchrun --nproc-per-node 4 -m training fit ... --device cuda",
         formatter_class=_HELP,
     )
     fit.add_argument("network", choices=("roi", "organs"))
@@ -113,6 +114,7 @@ def _fit(options: argparse.Namespace) -> int:
     import torch
 
     from .fit import Plan, PlanError, Run
+    from .world import joined
 
     if options.size and options.network == "roi":
         raise PlanError("the ROI net's size is fixed; leave out --size")
@@ -134,14 +136,16 @@ def _fit(options: argparse.Namespace) -> int:
         device=options.device,
         seed=options.seed,
     )
-    run = Run(plan)
-    stopped = run.fit()
+    with joined(plan.device) as world:
+        run = Run(plan, world)
+        stopped = run.fit()
     if stopped is None:
         return 0
-    print(
-        f"training: stopped by {stopped.name}, saved at step {run.step}; the same command goes on from there",
-        file=sys.stderr,
-    )
+    if world.first:
+        print(
+            f"training: stopped by {stopped.name}, saved at step {run.step}; the same command goes on from there",
+            file=sys.stderr,
+        )
     return 128 + stopped
 
 

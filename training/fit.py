@@ -1,7 +1,8 @@
-"""The training loop: one network, batch 1, on a CPU or one GPU, stopped and resumed at will."""
+"""The training loop: one network, one sample a process, on CPUs or GPUs, stopped and resumed at will."""
 
 import csv
 import dataclasses
+import math
 import signal
 import time
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from .progress import Progress
 from .recipes import Recipe, sized
 from .sampling import OrganSampler, RoiSampler, Sampler, Scan
 from .stopping import StopRequest
+from .world import ALONE, World
 
 LOG = "log.csv"
 LOG_EVERY = 50
@@ -58,6 +60,7 @@ class Plan:
         recipe: how.
         variant: of the ROI net, "slim" or "paper".
         steps, minutes: the run's whole length; progress is whichever share is larger. The recipe's own if both None.
+            A step has one sample of each process.
         slice_minutes: stop this process after so long, to be resumed later on the same schedule.
         fold: (k, n) leaves out every n-th patient, from the k-th, and validates on them; None trains on all.
         init: checkpoint whose exported weights to start from, or released weights (.safetensors).
@@ -119,17 +122,20 @@ class Average:
 class Run:
     """One training run; `fit()` goes on until its length, or the slice, is used up.
 
+    Several processes (`world`) each draw their own part of the samples and take every step together; the first of them
+    writes the log and the checkpoint. They must see one folder of the run.
+
     Raises:
         DataError: if there is no cache, every patient is left out, a checkpoint cannot be read, or the folder holds
             another run.
         DeviceError: if there is no such device.
     """
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, world: World = ALONE):
         self.plan = plan
-        self.device = TorchRuntime(resolve_device(plan.device, "torch")).device
+        self.world = world
+        self.device = TorchRuntime(resolve_device(world.device or plan.device, "torch")).device
         torch.manual_seed(plan.seed)
-        self.random = np.random.default_rng(plan.seed)
         volumes = load_cache(plan.data, plan.network)
         left_out = split_fold([v.patient for v in volumes], *plan.fold) if plan.fold else set()
         train = [v for v in volumes if v.patient not in left_out]
@@ -140,6 +146,9 @@ class Run:
         self.network = build(plan.network, plan.variant, plan.recipe.drop).to(self.device)
         # Channels last is the faster layout for both the CPU's and the GPU's convolutions.
         self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        # Weights begin alike in every process, samples do not.
+        torch.manual_seed(plan.seed + world.rank)
+        self.random = np.random.default_rng([plan.seed, world.rank])
         resuming = (plan.out / CHECKPOINT).is_file()
         if plan.init is not None and not resuming:
             self._take_weights(plan.init)
@@ -154,6 +163,7 @@ class Run:
         plan.out.mkdir(parents=True, exist_ok=True)
         if resuming:
             self._resume()
+        self.parallel = world.parallel(self.network)
 
     @property
     def progress(self) -> float:
@@ -174,15 +184,17 @@ class Run:
         Raises:
             DivergedError: if gradients are not finite; the last checkpoint stays.
         """
-        begun = last = saved = time.monotonic()
+        begun = time.monotonic()
+        last = saved = 0.0
         sums: dict[str, float] = {}
         count = 0
         validated = int(self.progress * VALIDATE_PARTS)
         leaving = self.progress >= 1.0
-        with StopRequest() as stop, Progress(self.plan.network, self.steps, self.step) as bar:
+        with StopRequest() as stop, Progress(self.plan.network, self.steps, self.step, self.world.first) as bar:
             while not leaving:
                 terms = self._train_step()
-                now = time.monotonic()
+                # What follows from the clock or a signal must follow in every process.
+                now, stopped = self.world.greatest(time.monotonic() - begun, stop.signal or 0)
                 self.seconds += now - last
                 last = now
                 self.step += 1
@@ -190,7 +202,7 @@ class Run:
                 for key, value in terms.items():
                     sums[key] = sums.get(key, 0.0) + value
                 bar.advance(self.progress, sums.get("loss", 0.0) / count)
-                leaving = self.progress >= 1.0 or stop.signal is not None or self._slice_used(now - begun)
+                leaving = self.progress >= 1.0 or stopped > 0 or self._slice_used(now)
                 if count == LOG_EVERY or leaving:
                     self._log({key: value / count for key, value in sums.items()})
                     sums, count = {}, 0
@@ -198,36 +210,42 @@ class Run:
                 if part > validated and self.held_out:
                     validated = part
                     self._log(self.validate())
-                    last = time.monotonic()
+                    (last,) = self.world.greatest(time.monotonic() - begun)
                 if now - saved > SAVE_EVERY_S:
                     self._save()
                     saved = now
             self._save()
-        return stop.signal
+            (stopped,) = self.world.greatest(stop.signal or 0)
+        return signal.Signals(int(stopped)) if stopped else None
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Dice of the averaged weights on the patients left out, in the labels' own box at the training size."""
+        """Dice of the averaged weights on the patients left out, in the labels' own box at the training size.
+
+        Each process takes its part of the patients.
+        """
         network = build(self.plan.network, self.plan.variant, 0.0).to(self.device)
         network.load_state_dict(self.exported())
         network.eval().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         scores: dict[str, list[float]] = {}
         if self.plan.network == "roi":
             exact = RoiSampler(None, self.random)
-            for scan in self.held_out:
+            for scan in self.held_out[self.world.rank :: self.world.size]:
                 image, share = exact.draw(scan)
                 found, true = network(image) > 0, share > 0.5
                 scores.setdefault("dice_foreground", []).append(_dice(found, true))
         else:
             boxed = OrganSampler(self.size, None, self.random)
-            for scan in self.held_out:
+            for scan in self.held_out[self.world.rank :: self.world.size]:
                 image, codes = boxed.draw(scan)
                 found = network(image).argmax(1)
                 for organ in ORGANS:
                     true = codes == organ.code
                     if bool(true.any()):
                         scores.setdefault(f"dice_{organ.name}", []).append(_dice(found == organ.code, true))
-        return {key: float(np.mean(values)) for key, values in scores.items()}
+        every = self.world.gather(scores)
+        keys = dict.fromkeys(key for part in every for key in part)
+        return {key: float(np.mean([value for part in every for value in part.get(key, ())])) for key in keys}
 
     def exported(self) -> dict[str, Tensor]:
         """The weights that leave the run: averaged where the recipe says so."""
@@ -235,10 +253,10 @@ class Run:
 
     def _train_step(self) -> dict[str, float]:
         recipe = self.plan.recipe
-        if not self.order:
-            self.order = self.random.permutation(len(self.train)).tolist()
-        scan = self.train[self.order.pop()]
-        image, target = self.sampler.draw(scan)
+        while len(self.order) < self.world.size:
+            self.order = self.world.share(self.random.permutation(len(self.train)).tolist()) + self.order
+        taken = [self.order.pop() for _ in range(self.world.size)]
+        image, target = self.sampler.draw(self.train[taken[self.world.rank]])
         self.network.train()
         if self.progress >= recipe.freeze_norm:
             for module in self.network.modules():
@@ -249,7 +267,7 @@ class Run:
             group["lr"] = rate
         image = image.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16_pays(self.device)):
-            logits = self.network(image)
+            logits = self.parallel(image)
         if self.plan.network == "roi":
             terms = {"loss": foreground_loss(logits, target)}
         elif recipe.loss == "focal":
@@ -263,6 +281,7 @@ class Run:
         if not bool(norm.isfinite()):
             raise DivergedError(f"{self.plan.out}: gradients are not finite at step {self.step}; try a lower --rate")
         self.optimiser.step()
+        self.world.level_statistics(self.network)
         self.average.update(self.network, self.step)
         return {"rate": rate} | {key: float(value.detach()) for key, value in terms.items()}
 
@@ -294,10 +313,13 @@ class Run:
         if self.plan.steps is not None or self.plan.minutes is not None:
             return self.plan.steps, self.plan.minutes
         if self.plan.recipe.epochs is not None:
-            return self.plan.recipe.epochs * len(self.train), None
+            return math.ceil(self.plan.recipe.epochs * len(self.train) / self.world.size), None
         return self.plan.recipe.steps, None
 
     def _save(self) -> None:
+        chance = self.world.gather({"random": self.random.bit_generator.state, "torch_random": torch.get_rng_state()})
+        if not self.world.first:
+            return
         state = {
             "export": self.exported(),
             "network": self.network.state_dict(),
@@ -306,8 +328,8 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
             "order": self.order,
-            "random": self.random.bit_generator.state,
-            "torch_random": torch.get_rng_state(),
+            **chance[0],
+            "other_ranks": chance[1:],
             "recipe": {**dataclasses.asdict(self.plan.recipe)},
             "variant": self.plan.variant,
             "kind": self.plan.network,
@@ -352,10 +374,19 @@ class Run:
         self.average.state = state["average"]
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.seconds, self.order = state["step"], state["seconds"], state["order"]
-        self.random.bit_generator.state = state["random"]
-        torch.set_rng_state(state["torch_random"].cpu())
+        chance = [state, *state.get("other_ranks", [])]
+        if self.world.rank < len(chance):
+            self.random.bit_generator.state = chance[self.world.rank]["random"]
+            torch.set_rng_state(chance[self.world.rank]["torch_random"].cpu())
+        else:
+            # More processes than before: this one begins a source of chance of its own.
+            fresh = np.random.default_rng([self.plan.seed, self.world.rank, self.step])
+            self.random.bit_generator.state = fresh.bit_generator.state
 
     def _log(self, values: dict[str, float]) -> None:
+        values = self.world.mean(values)
+        if not self.world.first:
+            return
         columns = ["step", "minutes", "rate", "loss", "entropy", "dice_loss", "dice_foreground"]
         columns += [f"dice_{organ.name}" for organ in ORGANS]
         path = self.plan.out / LOG

@@ -12,15 +12,17 @@ class Progress:
         name: of the run.
         steps: the whole run's, if it has a fixed number.
         done: steps of earlier slices.
+        shown: whether anything is said at all.
     """
 
     EVERY_S = (0.5, 60.0)  # on a terminal, elsewhere
 
-    def __init__(self, name: str, steps: int | None, done: int):
+    def __init__(self, name: str, steps: int | None, done: int, shown: bool = True):
         self.name = name
         self.steps = steps
         self.step = done
-        self.terminal = sys.stderr.isatty()
+        self.silent = not shown
+        self.terminal = shown and sys.stderr.isatty()
         self.begun: tuple[float, float] | None = None
         self.shown = 0.0
 
@@ -33,7 +35,7 @@ class Progress:
         now = time.monotonic()
         if self.begun is None:
             self.begun = (now, share)
-        if share < 1.0 and now - self.shown < self.EVERY_S[0 if self.terminal else 1]:
+        if self.silent or (share < 1.0 and now - self.shown < self.EVERY_S[0 if self.terminal else 1]):
             return
         self.shown = now
         since, first = self.begun
