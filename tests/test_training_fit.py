@@ -337,7 +337,7 @@ def test_steps_and_minutes_share_one_schedule(cache: Path, tmp_path: Path) -> No
 
 
 def test_minutes_count_over_all_slices(cache: Path, tmp_path: Path) -> None:
-    plan = organs(cache, tmp_path, minutes=0.02)
+    plan = organs(cache, tmp_path, minutes=0.05)
     first = Run(replace(plan, slice_minutes=1e-9))
     first.fit()
     assert first.step == 1
@@ -348,7 +348,7 @@ def test_minutes_count_over_all_slices(cache: Path, tmp_path: Path) -> None:
     second.fit()
     assert second.progress == 1.0
     assert second.step > 1
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 30
 
 
 def test_without_a_length_the_recipes_own_counts(cache: Path, tmp_path: Path) -> None:
