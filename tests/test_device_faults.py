@@ -323,7 +323,9 @@ def places(ct: Path, tmp_path: Path) -> tuple[Path, Path, Path]:
 
 def predict(places: tuple[Path, Path, Path], *options: str) -> tuple[int, Any]:
     inputs, outputs, report = places
-    code = main(["predict", str(inputs), str(outputs), "--report", str(report), "--engine", "torch", *options])
+    code = main(
+        ["predict", str(inputs), str(outputs), "--report", str(report), "--engine", "torch", "--jobs", "1", *options]
+    )
     return code, json.loads(report.read_text()) if report.exists() else None
 
 
