@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from fastorgan.errors import FastorganError
 from fastorgan.labels import IGNORE, ORGANS, Organ
-from fastorgan.volume import SUFFIXES, load_image
+from fastorgan.nifti import SUFFIXES
+from fastorgan.volume import load_image
 
 from .surface import Spacing, surface_dice
 

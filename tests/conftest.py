@@ -87,4 +87,6 @@ def blocks() -> tuple[nib.Nifti1Image, NDArray[np.uint8]]:
     codes[6:18, 30:42, 18:32] = 3
     codes[22:32, 20:27, 16:22] = 4
     hu = np.array([BLOCKS_HU[code] for code in range(CLASSES)], np.int16)[codes]
+    # A little air: without any, values are not taken for HU.
+    hu[0, 0] = -1000
     return nib.Nifti1Image(hu, np.diag([5.0, 5.0, 5.0, 1.0])), codes

@@ -108,7 +108,8 @@ def cache_case(case: Case) -> tuple[CachedVolume, CachedVolume]:
     image, marked = load_image(case.image), load_image(case.labels)
     if image.shape != marked.shape or not np.allclose(image.affine, marked.affine, atol=1e-2):
         raise DataError(f"{case.image} and {case.labels}: shape or affine differ")
-    volume, mask = read_volume(image, str(case.image)), read_volume(marked, str(case.labels))
+    volume = read_volume(image, str(case.image))
+    mask = read_volume(marked, str(case.labels), hounsfield=False)
     if volume.grid.upright is not None:
         raise DataError(f"{case.image}: oblique; resample it and its labels along the patient's axes first")
     # Checked before they are cast: 256 or -1 would wrap to a code that is allowed.

@@ -17,9 +17,10 @@ from .errors import DeviceError, FastorganError, VolumeError
 from .in_order import InOrder
 from .labels import ORGANS
 from .monitor import MemorySampler, StageTimer
+from .nifti import SUFFIXES
 from .report import CaseRecord, OrganMeasure, RoiBox, RunReport, Status, measure
 from .runtime import resolve_device
-from .volume import SUFFIXES, Volume, label_image, load_image, make_folder, read_volume, save_image
+from .volume import Volume, label_image, load_image, make_folder, read_volume, save_image
 
 T = TypeVar("T")
 
@@ -179,7 +180,7 @@ def _run_case(loaded: Future[Cascade], job: Job, sampler: MemorySampler, setting
             organs = measure(found.labels, (spacing[0], spacing[1], spacing[2]))
             with timer.stage("write"):
                 save_image(label_image(found.labels, image), job.target)
-            warnings = warnings_for(found, organs)
+            warnings = [*volume.warnings, *warnings_for(found, organs)]
             if settings.preview:
                 with timer.stage("preview"):
                     warnings += _write_preview(job, volume, found)

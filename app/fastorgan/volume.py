@@ -4,9 +4,7 @@ Inside fastorgan arrays are (z, y, x) with z to the head, y to the front and x t
 reverse order. For a NIfTI file in memory this is a view: no voxel is moved.
 """
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -20,9 +18,21 @@ from .box import Box
 from .errors import VolumeError
 from .files import whole_file
 from .gzipped import DAMAGE, open_packed, pack_to
+from .hounsfield import find_rescale
 from .intensity import to_unit
+from .memory import check_memory
+from .nifti import (
+    MAX_HEADER_BYTES,
+    MAX_VOXELS,
+    PAIR_SUFFIXES,
+    SUFFIXES,
+    check_affine,
+    form_warnings,
+    open_nifti,
+)
 
-SUFFIXES = (".nii.gz", ".nii")
+INPUT_SUFFIXES = (*SUFFIXES, *PAIR_SUFFIXES)
+"""Endings of the names of files that hold a CT."""
 
 OBLIQUE_DEGREES = 3.0
 """A grid turned further than this from the patient's axes is resampled upright before the networks see it."""
@@ -44,6 +54,7 @@ class Volume:
         spacing: voxel size in mm (z, y, x).
         slope, intercept: of the stored values.
         grid: how the file's own grid lies in `array`.
+        warnings: what is doubtful or was mended, one line each.
     """
 
     array: NDArray[np.generic]
@@ -51,6 +62,7 @@ class Volume:
     slope: float
     intercept: float
     grid: "FileGrid"
+    warnings: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -103,66 +115,72 @@ class FileGrid:
         return np.asarray(nib.orientations.apply_orientation(array, self.orientation)).transpose(2, 1, 0)
 
 
-def load_image(path: Path) -> nib.Nifti1Image:
-    """Open a NIfTI file and check its header; voxels stay on disk.
+def load_image(path: Path, max_voxels: int = MAX_VOXELS) -> nib.Nifti1Image:
+    """Open a file and check its header; voxels stay on disk.
+
+    Args:
+        path: NIfTI (.nii, .nii.gz, or .hdr beside .img).
+        max_voxels: more are refused.
 
     Raises:
-        VolumeError: if the file is missing, not NIfTI, or its voxel sizes are not positive numbers.
+        VolumeError: if the file is missing, of another kind, or its header claims what cannot be true or does not fit
+            into memory.
     """
     try:
         if not path.exists():
             raise VolumeError(f"{path}: no such file")
         if not path.is_file():
             raise VolumeError(f"{path}: not a file")
-        if not path.name.endswith(SUFFIXES):
-            raise VolumeError(f"{path}: not a NIfTI file name (expected {' or '.join(SUFFIXES)})")
-        with _quiet_nibabel():
-            image = nib.load(path)
-        if not isinstance(image, nib.Nifti1Image):
-            raise VolumeError(f"{path}: not a NIfTI file")
-        _check_stored_spacing(path, image)
-    except VolumeError:
-        raise
-    except (nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError) as error:
-        raise VolumeError(f"{path}: not a readable NIfTI file ({_one_line(error)})") from error
+        if not path.name.endswith(INPUT_SUFFIXES):
+            raise VolumeError(f"{path}: not a name of a CT volume (expected {', '.join(INPUT_SUFFIXES)})")
+        return open_nifti(path, max_voxels)
     except DAMAGE as error:
         raise VolumeError(f"{path}: damaged or not readable ({_one_line(error)})") from error
-    return image
 
 
-def read_volume(image: nib.Nifti1Image, name: str) -> Volume:
+def read_volume(image: nib.Nifti1Image, name: str, *, hounsfield: bool = True) -> Volume:
     """Read a CT image's voxels and set them upright.
+
+    What is wrong without doubt is mended and said in `Volume.warnings`: NaN and infinity become air, values that are
+    not HU by a usual error become HU (`hounsfield.find_rescale`).
 
     Args:
         image: one three-dimensional volume, in memory or on disk; a fourth axis of length 1 is dropped.
         name: stands in error messages for the image, usually its file name.
+        hounsfield: whether the values should be HU; False for labels.
 
     Raises:
-        VolumeError: if the image is not three-dimensional, is cut short or damaged, holds NaN, infinity, colours or
-            complex numbers, or its affine is singular.
+        VolumeError: if the image is not three-dimensional, is cut short or damaged, holds no finite number, colours or
+            complex numbers, its affine is singular, or it does not fit into memory.
     """
     shape = _three_axes(image.shape, name)
     affine = np.asarray(image.affine, float)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise VolumeError(f"{name}: the affine is singular or not finite, so voxel sizes are unknown; mend the header")
-    stored, slope, intercept = _stored_values(image, name)
-    stored = stored.reshape(shape, order="A")
-    if not (np.isfinite(slope) and np.isfinite(intercept)) or not _all_finite(stored):
-        raise VolumeError(f"{name}: holds voxels that are not finite numbers (NaN or infinity); replace them first")
+    check_affine(affine, name)
     orientation = nib.orientations.io_orientation(affine)
     if np.isnan(orientation).any():
         raise VolumeError(f"{name}: the affine does not tell the axes apart; mend the header")
+    stored, slope, intercept = _stored_values(image, name)
+    stored = stored.reshape(shape, order="A")
+    warnings = form_warnings(image.header)
+    stored, lost = _without_nan(stored, slope, intercept, name)
+    warnings += lost
+    if hounsfield:
+        rescale = find_rescale(stored, slope, intercept)
+        slope, intercept = rescale.slope, rescale.intercept
+        if rescale.wrapped:
+            stored = stored.view(stored.dtype.str.replace("u", "i"))
+        if rescale.warning is not None:
+            warnings.append(rescale.warning)
     grid = FileGrid(shape, orientation)
     array = grid.reorient(stored)
     # Affine of the reoriented (z, y, x) grid to RAS mm in the order (z, y, x).
     turned = affine @ nib.orientations.inv_ornt_aff(orientation, shape)
     turned = turned[[2, 1, 0, 3]][:, [2, 1, 0, 3]]
-    z, y, x = np.linalg.norm(turned[:3, :3], axis=0)
-    if _tilt_degrees(turned) <= OBLIQUE_DEGREES:
-        return Volume(array, (float(z), float(y), float(x)), slope, intercept, grid)
-    air = (AIR_HU - intercept) / slope
-    array, upright = _set_upright(array, turned, np.array([z, y, x]), air)
-    return Volume(array, (float(z), float(y), float(x)), slope, intercept, FileGrid(shape, orientation, upright))
+    z, y, x = (float(n) for n in np.linalg.norm(turned[:3, :3], axis=0))
+    if _tilt_degrees(turned) > OBLIQUE_DEGREES:
+        array, upright = _set_upright(array, turned, np.array([z, y, x]), (AIR_HU - intercept) / slope, name)
+        grid = FileGrid(shape, orientation, upright)
+    return Volume(array, (z, y, x), slope, intercept, grid, tuple(warnings))
 
 
 def label_image(labels: NDArray[np.uint8], like: nib.Nifti1Image) -> nib.Nifti1Image:
@@ -223,16 +241,6 @@ def save_image(image: nib.Nifti1Image, path: Path) -> None:
         raise VolumeError(f"{path}: cannot be written ({_one_line(error)})") from error
 
 
-def _check_stored_spacing(path: Path, image: nib.Nifti1Image) -> None:
-    """Refuse voxel sizes of zero, which nibabel mends silently to 1 mm."""
-    with nib.openers.ImageOpener(str(path)) as stream:
-        stored = type(image.header).from_fileobj(stream, check=False)
-    sizes = np.asarray(stored["pixdim"][1 : 1 + min(3, int(stored["dim"][0]))], float)
-    if not (np.isfinite(sizes).all() and (sizes > 0).all()):
-        shown = " x ".join(f"{s:g}" for s in sizes)
-        raise VolumeError(f"{path}: voxel size {shown} mm in the header is not positive; mend the header")
-
-
 def _three_axes(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
     if len(shape) < 3:
         raise VolumeError(f"{name}: has {len(shape)} axes; a CT volume has 3")
@@ -275,17 +283,36 @@ def _unpacked(proxy: Any) -> NDArray[np.generic]:
             if not count:
                 raise EOFError(f"expected {len(room)} bytes, got {filled}")
             filled += count
-        while stream.read(_CHUNK):
-            pass
+        behind = 0
+        while count := len(stream.read(_CHUNK)):
+            behind += count
+            if behind > MAX_HEADER_BYTES:
+                raise ValueError("it goes on long after its last voxel")
     return stored
 
 
-def _all_finite(array: NDArray[np.generic]) -> bool:
-    if not np.issubdtype(array.dtype, np.inexact):
-        return True
+def _without_nan(
+    stored: NDArray[np.generic], slope: float, intercept: float, name: str
+) -> tuple[NDArray[np.generic], list[str]]:
+    """Put air in the place of NaN and infinity, which tools leave where there was no measurement, and say so."""
+    if not np.issubdtype(stored.dtype, np.inexact):
+        return stored, []
     # Slice by slice along the slowest axis: a mask of the whole volume would be as large as the volume.
-    slow = array.transpose() if array.flags.f_contiguous else array
-    return all(bool(np.isfinite(part).all()) for part in slow)
+    lost = sum(int(np.count_nonzero(~np.isfinite(part))) for part in _slices(stored))
+    if lost == 0:
+        return stored, []
+    if lost == stored.size:
+        raise VolumeError(f"{name}: holds no finite number, only NaN or infinity")
+    # The caller's image stays as it is.
+    mended = stored.copy(order="K")
+    for part in _slices(mended):
+        part[~np.isfinite(part)] = (AIR_HU - intercept) / slope
+    return mended, [f"{lost} voxels ({lost / stored.size:.1%}) are NaN or infinite and were taken for air"]
+
+
+def _slices(array: NDArray[np.generic]) -> NDArray[Any]:
+    """The array with its slowest axis first."""
+    return array.transpose() if array.flags.f_contiguous else array
 
 
 def _tilt_degrees(turned: Affine) -> float:
@@ -295,13 +322,16 @@ def _tilt_degrees(turned: Affine) -> float:
 
 
 def _set_upright(
-    array: NDArray[np.generic], turned: Affine, spacing: NDArray[np.float64], air: float
+    array: NDArray[np.generic], turned: Affine, spacing: NDArray[np.float64], air: float, name: str
 ) -> tuple[NDArray[np.generic], Affine]:
     """Resample an oblique grid linearly onto one along the patient's axes that holds all of it, at the same spacing.
 
     What lies more than a voxel outside the oblique grid is `air`, in stored values.
 
     Returns the upright array, in the stored type, and the affine from oblique to upright indices (z, y, x).
+
+    Raises:
+        VolumeError: if the upright grid does not fit into memory.
     """
     from scipy import ndimage
 
@@ -310,6 +340,7 @@ def _set_upright(
     reach = (corners @ turned.T)[:, :3]
     low, high = reach.min(axis=0), reach.max(axis=0)
     size = tuple(int(n) for n in np.ceil((high - low) / spacing - 1e-6).astype(int) + 1)
+    check_memory(math.prod(size) * array.itemsize, f"{name}: {' x '.join(map(str, size))} voxels set upright")
     place = np.eye(4)
     place[:3, :3] = np.diag(spacing)
     place[:3, 3] = low
@@ -340,15 +371,3 @@ def _set_upright(
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-@contextmanager
-def _quiet_nibabel() -> Iterator[None]:
-    """Keep nibabel from writing what it finds in a header to standard error, without the file's name."""
-    logger = logging.getLogger("nibabel.global")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
