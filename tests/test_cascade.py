@@ -192,14 +192,17 @@ def test_the_networks_see_the_window_upright(make_cascade: CascadeMaker) -> None
         assert x.min() >= -1
         assert x.max() <= 1
         for axis in range(3):
-            assert (np.diff(x, axis=axis) >= 0).all()
+            # But for rounding.
+            assert (np.diff(x, axis=axis) > -1e-6).all()
     # 100 to 220, 120 to 280 and 140 to 340 mm; with 20 mm on both sides grown to 180, 200 and 300 mm.
     assert found.roi.fallback is None
     assert found.roi.box.start == pytest.approx(np.array([70, 100, 90]) / 8)
     assert found.roi.box.stop == pytest.approx(np.array([250, 300, 390]) / 8)
     upright = hu.transpose(2, 1, 0)
-    assert seen["roi"] == pytest.approx(to_network(resize(upright, Box.whole(upright.shape), (48, 48, 48), to_unit)))
-    assert seen["organs"] == pytest.approx(to_network(resize(upright, found.roi.box, (48, 64, 96), to_unit)))
+    assert seen["roi"] == pytest.approx(
+        to_network(resize(upright, Box.whole(upright.shape), (48, 48, 48), to_unit)), abs=1e-5
+    )
+    assert seen["organs"] == pytest.approx(to_network(resize(upright, found.roi.box, (48, 64, 96), to_unit)), abs=1e-5)
 
 
 def test_nothing_is_labelled_outside_the_box(make_cascade: CascadeMaker) -> None:

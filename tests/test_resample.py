@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from fastorgan.box import Box
-from fastorgan.resample import axis_weights, resize
+from fastorgan.resample import Bands, axis_weights, resize
 
 Sizes = tuple[int, int, int]
 
@@ -151,6 +151,31 @@ def test_shrinking_by_whole_numbers_preserves_the_mean(factors: Sizes, seed: int
     inner = tuple(slice(2 * f, -2 * f) for f in factors)
     volume[inner] = np.random.default_rng(seed).uniform(0, 1, volume[inner].shape)
     assert resize(volume, Box.whole(volume.shape), (6, 6, 6), as_float).mean() == pytest.approx(volume.mean(), rel=1e-4)
+
+
+@given(
+    length=st.integers(1, 60),
+    samples=st.integers(1, 60),
+    span=st.tuples(st.floats(-0.2, 0.9), st.floats(0.05, 1.2)),
+    seed=st.integers(0, 9),
+)
+def test_bands_are_the_whole_product(length: int, samples: int, span: tuple[float, float], seed: int) -> None:
+    start, size = length * span[0], length * span[1]
+    weights = axis_weights(length, start, start + size, samples)
+    plane = np.random.default_rng(seed).normal(size=(length, 7)).astype(np.float32)
+    bands = Bands(weights)
+    assert bands.down(plane) == pytest.approx(weights @ plane, abs=1e-5)
+    assert bands.along(plane.T) == pytest.approx((weights @ plane).T, abs=1e-5)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
+def test_the_order_in_memory_does_not_matter(order: Sizes) -> None:
+    volume = np.random.default_rng(0).integers(-1000, 1000, (21, 17, 30)).astype(np.int16)
+    box = Box((1.5, 2.0, 0.0), (19.0, 16.5, 29.0))
+    turned = np.ascontiguousarray(volume.transpose(order)).transpose(np.argsort(order))
+    resized = resize(turned, box, (9, 20, 11), as_float)
+    assert resized.flags.c_contiguous
+    assert resized == pytest.approx(resize(volume, box, (9, 20, 11), as_float), abs=1e-3)
 
 
 def test_only_the_box_is_read_and_slice_by_slice() -> None:

@@ -23,7 +23,7 @@ from scipy.spatial.transform import Rotation
 from fastorgan.box import Box
 from fastorgan.errors import VolumeError
 from fastorgan.restore import restore_labels
-from fastorgan.volume import OBLIQUE_DEGREES, Volume, label_image, load_image, read_volume, save_image
+from fastorgan.volume import OBLIQUE_DEGREES, FileGrid, Volume, label_image, load_image, read_volume, save_image
 
 AFFINE = np.diag([0.75, 1.5, 5.0, 1.0])
 AFFINE[:3, 3] = (-20, 30, -40)
@@ -125,6 +125,32 @@ def test_slope_and_intercept_stay_apart_from_integers(tmp_path: Path) -> None:
         memory = memory.base
     # 25 is stored for 0 HU, 50 for 50 HU.
     assert volume.unit(np.array([25, 50], np.int16)) == pytest.approx([0.4, 0.5])
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u1", "i2", ">i2", "u2", "i4", "u4", "i8", "f4", ">f4", "f8"])
+@pytest.mark.parametrize(
+    ("slope", "intercept"),
+    [(1.0, 0.0), (1.0, -1024.0), (2.0, -50.0), (0.1, 3.0), (-1.0, 0.0), (1.0, 1e5), (1.0, -1e5), (1e-3, 0.0)],
+)
+def test_clipping_before_averaging_is_the_window(dtype: str, slope: float, intercept: float) -> None:
+    values = np.linspace(-3000, 3000, 601).clip(*limits_of(dtype)).astype(dtype)
+    grid = FileGrid((1, 1, 1), nib.orientations.io_orientation(np.eye(4)))
+    volume = Volume(values.reshape(1, 1, -1), (1.0, 1.0, 1.0), slope, intercept, grid)
+    clipped = volume.windowed(values)
+    assert clipped.dtype == np.float32
+    assert volume.unit(clipped) == pytest.approx(volume.unit(values), abs=1e-4)
+    # The average may be taken before or after.
+    assert volume.unit(clipped[:600].reshape(-1, 2).mean(axis=1)) == pytest.approx(
+        volume.unit(values[:600]).reshape(-1, 2).mean(axis=1), abs=1e-4
+    )
+
+
+def limits_of(dtype: str) -> tuple[float, float]:
+    kind = np.dtype(dtype)
+    if kind.kind == "f":
+        return -np.inf, np.inf
+    limits = np.iinfo(str(kind))
+    return limits.min, limits.max
 
 
 @pytest.mark.parametrize("slope", [0.0, np.nan, np.inf])

@@ -99,11 +99,11 @@ class Cascade:
         known = len(self.faults)
         with timer.stage("roi"):
             body = body_box(volume)
-            whole = resize(volume.array, body, ROI_SIZE, volume.unit)
+            whole = volume.unit(resize(volume.array, body, ROI_SIZE, volume.windowed))
             foreground = self._roi_net(to_network(whole))[0] > 0
             roi = locate(foreground, body, volume.shape, volume.spacing)
         with timer.stage("organs"):
-            crop = resize(volume.array, roi.box, CROP_SIZE, volume.unit)
+            crop = volume.unit(resize(volume.array, roi.box, CROP_SIZE, volume.windowed))
             logits = self._organ_net(to_network(crop))
         with timer.stage("restore"):
             voxel_mm3 = np.prod(np.multiply(roi.box.size, volume.spacing)) / np.prod(CROP_SIZE)

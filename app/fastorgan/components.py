@@ -29,13 +29,19 @@ def largest_group(
 
 def largest_components(mask: NDArray[np.bool_], keep: int, least_voxels: float) -> NDArray[np.bool_]:
     """Keep the `keep` largest face-connected pieces of at least `least_voxels` voxels; empty stays empty."""
-    pieces, count = ndimage.label(mask)
-    if count == 0:
+    if not mask.any():
         return mask
+    box = tuple(
+        slice(int(used[0]), int(used[-1]) + 1)
+        for used in (np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3))
+    )
+    # An organ fills a small part of the array: the rest need not be gone through once more.
+    pieces, count = ndimage.label(mask[box])
     sizes = np.bincount(pieces.ravel())
     sizes[0] = 0
     kept = np.zeros(count + 1, bool)
     kept[np.argsort(sizes)[::-1][:keep]] = True
     kept &= sizes >= max(1.0, least_voxels)
-    result: NDArray[np.bool_] = kept[pieces]
+    result = np.zeros(mask.shape, bool)
+    result[box] = kept[pieces]
     return result

@@ -1,5 +1,7 @@
 """The paper's "connected domain analysis": which pieces of each organ anatomy allows."""
 
+from functools import reduce
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,12 +29,11 @@ def organ_margins(logits: NDArray[np.float32], voxel_mm3: float) -> dict[int, ND
         By the organ's code the margin (z, y, x), its logit minus the largest other one, with pieces beyond the number
         that anatomy allows or smaller than `LEAST_MM3` set to `REMOVED`. Organs that are not there have no entry.
     """
-    order = np.partition(logits, -2, axis=0)
-    best, second = order[-1], order[-2]
     margins = {}
     for organ in ORGANS:
-        logit = logits[organ.code]
-        margin = logit - np.where(logit == best, second, best)
+        others = [logit for code, logit in enumerate(logits) if code != organ.code]
+        margin = reduce(lambda best, logit: np.maximum(best, logit, out=best), others[1:], others[0].copy())
+        np.subtract(logits[organ.code], margin, out=margin)
         won = margin > 0
         kept = largest_components(won, organ.components, LEAST_MM3[organ.name] / voxel_mm3)
         if kept.any():

@@ -5,6 +5,7 @@ aliasing); enlarging is plain linear interpolation between voxel centres. At the
 renormalised, so nothing is invented outside.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -37,6 +38,46 @@ def axis_weights(length: int, start: float, stop: float, samples: int) -> NDArra
     return result
 
 
+BLOCK = 8
+"""Rows of a banded matrix that are multiplied together."""
+
+
+class Bands:
+    """A matrix of `axis_weights`, multiplied block by block of rows along its band.
+
+    A dense product would spend nearly all its time on the zeros beside the band. It would also be large enough for
+    BLAS to split over threads that wait for each other by spinning: on a machine with other work to do that costs many
+    times what it gains.
+
+    Args:
+        weights: (samples, length).
+    """
+
+    def __init__(self, weights: NDArray[np.float32]) -> None:
+        self.samples, length = weights.shape
+        self._blocks = []
+        # Where many samples share a few values, as they do in enlarging, longer blocks are as narrow.
+        step = BLOCK * math.ceil(self.samples / length)
+        for first in range(0, self.samples, step):
+            rows = weights[first : first + step]
+            columns = _support(rows)
+            self._blocks.append((slice(first, first + len(rows)), columns, np.ascontiguousarray(rows[:, columns])))
+
+    def down(self, plane: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Resample the columns of a plane (length, any): the product weights @ plane."""
+        out = np.empty((self.samples, plane.shape[1]), np.float32)
+        for rows, columns, block in self._blocks:
+            np.matmul(block, plane[columns], out=out[rows])
+        return out
+
+    def along(self, plane: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Resample the rows of a plane (any, length): the product plane @ weights.T."""
+        out = np.empty((plane.shape[0], self.samples), np.float32)
+        for rows, columns, block in self._blocks:
+            np.matmul(plane[:, columns], block.T, out=out[:, rows])
+        return out
+
+
 def resize(
     volume: NDArray[np.generic],
     box: Box,
@@ -55,17 +96,21 @@ def resize(
         A float32 array of `size`.
     """
     weights = [axis_weights(n, a, b, s) for n, a, b, s in zip(volume.shape, box.start, box.stop, size, strict=True)]
-    (z_span, y_span, x_span) = spans = [_support(w) for w in weights]
-    wz, wy, wx = (np.ascontiguousarray(w[:, span]) for w, span in zip(weights, spans, strict=True))
-    out = np.zeros(size, np.float32)
+    # Slices are taken as they lie in memory, whichever axis that is.
+    order = sorted(range(3), key=lambda axis: -abs(volume.strides[axis]))
+    outer, *inner = (weights[axis] for axis in order)
+    slices, *plane_spans = (_support(weights[axis]) for axis in order)
+    down, along = (Bands(table[:, span]) for table, span in zip(inner, plane_spans, strict=True))
+    turned = volume.transpose(order)
+    out = np.zeros([size[axis] for axis in order], np.float32)
     # Each source slice is read and shrunk in plane once, then spread over the samples that it touches.
-    for column, z in enumerate(range(z_span.start, z_span.stop)):
-        touched = np.flatnonzero(wz[:, column])
+    for index in range(slices.start, slices.stop):
+        touched = np.flatnonzero(outer[:, index])
         if touched.size:
-            plane = (wy @ convert(volume[z, y_span, x_span])) @ wx.T
+            plane = along.along(down.down(convert(turned[index, plane_spans[0], plane_spans[1]])))
             for k in touched:
-                out[k] += wz[k, column] * plane
-    return out
+                out[k] += outer[k, index] * plane
+    return np.ascontiguousarray(out.transpose(np.argsort(order)))
 
 
 def _support(weights: NDArray[np.float32]) -> slice:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .box import Box
-from .resample import axis_weights
+from .resample import Bands, axis_weights
 from .volume import Volume
 
 
@@ -67,12 +67,18 @@ def _paint(view: NDArray[np.uint8], code: int, margin: NDArray[np.float32], box:
         weights.append(np.ascontiguousarray(table[:, source]))
         targets.append(slice(low, high))
         sources.append(source)
-    wz, wy, wx = weights
-    part = margin[tuple(sources)]
-    for row, z in zip(wz, range(targets[0].start, targets[0].stop), strict=True):
+    # Slices are painted as they lie in memory, whichever axis that is.
+    order = sorted(range(3), key=lambda axis: -abs(view.strides[axis]))
+    part = margin[tuple(sources)].transpose(order)
+    painted = view[tuple(targets)].transpose(order)
+    outer, *inner = (weights[axis] for axis in order)
+    down, along = (Bands(table) for table in inner)
+    for row, labels in zip(outer, painted, strict=True):
         used = np.flatnonzero(row)
-        plane = np.tensordot(row[used], part[used], axes=1)
-        view[z, targets[1], targets[2]][(wy @ plane) @ wx.T > 0] = code
+        plane = row[used[0]] * part[used[0]]
+        for k in used[1:]:
+            plane += row[k] * part[k]
+        labels[along.along(down.down(plane)) > 0] = code
 
 
 def _paint_oblique(

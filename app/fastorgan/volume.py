@@ -19,7 +19,7 @@ from .errors import VolumeError
 from .files import whole_file
 from .gzipped import DAMAGE, open_packed, pack_to
 from .hounsfield import find_rescale
-from .intensity import to_unit
+from .intensity import WINDOW_HU, to_unit
 from .memory import check_memory
 from .nifti import (
     MAX_HEADER_BYTES,
@@ -69,6 +69,18 @@ class Volume:
         """Voxels (z, y, x) of `array`."""
         z, y, x = self.array.shape
         return z, y, x
+
+    def windowed(self, values: NDArray[np.generic]) -> NDArray[np.float32]:
+        """Clip stored values to the HU window; `unit` may then be taken of their averages instead of each of them."""
+        ends = [(hu - self.intercept) / self.slope for hu in WINDOW_HU]
+        low, high = min(ends), max(ends)
+        if np.issubdtype(values.dtype, np.integer) and low.is_integer() and high.is_integer():
+            # Much faster than on floats, which would be twice the bytes at least.
+            limits = np.iinfo(str(values.dtype))
+            if limits.min <= high and low <= limits.max:
+                values = np.clip(values, max(int(low), limits.min), min(int(high), limits.max))
+                return values.astype(np.float32)
+        return np.clip(values.astype(np.float32), np.float32(low), np.float32(high))
 
     def unit(self, values: NDArray[np.generic]) -> NDArray[np.float32]:
         """Stored values to [0, 1] over the HU window."""
