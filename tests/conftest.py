@@ -84,7 +84,7 @@ def blocks() -> tuple[nib.Nifti1Image, NDArray[np.uint8]]:
     codes = np.zeros((60, 50, 40), np.uint8)
     codes[36:54, 12:34, 14:32] = 1
     codes[6:14, 6:14, 8:20] = codes[40:48, 2:9, 6:17] = 2
-    codes[6:18, 30:42, 18:32] = 3
+    codes[6:18, 16:28, 18:32] = 3
     codes[22:32, 20:27, 16:22] = 4
     hu = np.array([BLOCKS_HU[code] for code in range(CLASSES)], np.int16)[codes]
     # A little air: without any, values are not taken for HU.

@@ -245,7 +245,7 @@ def test_odd_volumes_are_labelled(by_hu: Cascade, shape: tuple[int, int, int]) -
 
 def test_stages_are_timed_in_their_order(by_hu: Cascade, blocks: Blocks) -> None:
     found = by_hu.find_organs(read_volume(blocks[0], "test"))
-    assert list(found.seconds) == ["roi", "organs", "restore"]
+    assert list(found.seconds) == ["roi", "organs", "restore", "check"]
     assert all(0 < seconds < 60 for seconds in found.seconds.values())
 
 

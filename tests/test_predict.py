@@ -4,7 +4,7 @@ import os
 import struct
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from fastorgan.box import Box
 from fastorgan.cascade import Cascade, Segmentation
 from fastorgan.errors import DeviceError, FastorganError, VolumeError, WeightsError
 from fastorgan.labels import ORGANS
-from fastorgan.predict import Job, Settings, case_name, plan_jobs, run_batch, warnings_for
+from fastorgan.plausibility import Evidence
+from fastorgan.predict import Job, Settings, case_name, judged, plan_jobs, run_batch, warnings_for
 from fastorgan.report import OrganMeasure, RunReport, Status
 from fastorgan.roi import Roi
 from fastorgan.volume import Volume
@@ -382,7 +383,7 @@ def test_a_preview_lies_beside_its_labels(folders: Folders) -> None:
     report = folders.run(preview=True)
     assert folders.written() == ["a.nii.gz", "a.png"]
     assert (folders.outputs / "a.png").read_bytes().startswith(b"\x89PNG")
-    assert list(report.cases[0].seconds) == ["read", "wait", "roi", "organs", "restore", "write", "preview"]
+    assert list(report.cases[0].seconds) == ["read", "wait", "roi", "organs", "restore", "check", "write", "preview"]
 
 
 def test_lines_stay_whole_beside_a_progress_bar(
@@ -478,15 +479,15 @@ def test_the_report_tells_each_case_on_the_files_axes(folders: Folders) -> None:
     assert done["device"] == "test processor"
     assert done["shape"] == [40, 50, 60]
     assert done["spacing_mm"] == [4.0, 5.0, 6.0]
-    # The organs span voxels 6 to 32 of 40 from the feet, so 8 to 34 from the head; 2 to 42 and 6 to 54 otherwise.
+    # The organs span voxels 6 to 32 of 40 from the feet, so 8 to 34 from the head; 2 to 34 and 6 to 54 otherwise.
     assert done["roi"]["fallback"] is None
-    for axis, (first, last) in enumerate(((8, 34), (2, 42), (6, 54))):
+    for axis, (first, last) in enumerate(((8, 34), (2, 34), (6, 54))):
         assert 0 <= done["roi"]["start"][axis] <= first
         assert last <= done["roi"]["stop"][axis] <= done["shape"][axis]
     assert list(done["organs"]) == [organ.name for organ in ORGANS]
     assert done["organs"]["liver"]["volume_ml"] == pytest.approx(18 * 22 * 18 * 0.12, rel=0.02)
     assert not any(organ["touches_border"] for organ in done["organs"].values())
-    assert list(done["seconds"]) == ["read", "wait", "roi", "organs", "restore", "write"]
+    assert list(done["seconds"]) == ["read", "wait", "roi", "organs", "restore", "check", "write"]
     assert 0 < sum(done["seconds"].values()) <= done["total_seconds"] + 1e-3
     assert done["memory"]["rss_peak_mib"] > 10
     assert failed["status"] == "failed"
@@ -589,6 +590,42 @@ def measures(*volumes: float) -> dict[str, OrganMeasure]:
 def test_warnings_say_what_is_doubtful(fallback: str | None, volumes: tuple[float, ...], lines: list[str]) -> None:
     found = Segmentation(np.zeros((1, 1, 1), np.uint8), Roi(Box.whole((1, 1, 1)), fallback))
     assert warnings_for(found, measures(*volumes)) == lines
+
+
+def test_doubts_reach_the_measures_and_the_warnings() -> None:
+    sure = Evidence(1500.0, (300.0, 200.0, 280.0), 100.0, 0.97, 0.0, False, 0.0, 90.0)
+    evidence = {"liver": sure, "kidney": replace(sure, centre_mm=(240.0, 145.0, 205.0), apart_mm=20.0, volume_ml=150.0)}
+    found = Segmentation(np.zeros((1, 1, 1), np.uint8), Roi(Box.whole((1, 1, 1))), evidence=evidence)
+    organs = judged(measures(1500, 150, 200, 80), found)
+    assert organs["liver"] == OrganMeasure(1500, False, 0.97, ())
+    assert organs["kidney"] == OrganMeasure(150, False, 0.97, ("on one side only",))
+    assert organs["spleen"] == OrganMeasure(200, False)
+    assert warnings_for(found, organs) == ["kidney is doubtful: on one side only"]
+
+
+def test_where_most_is_doubtful_the_scan_is_asked_about() -> None:
+    found = Segmentation(np.zeros((1, 1, 1), np.uint8), Roi(Box.whole((1, 1, 1))))
+    organs = {
+        name: replace(organ, doubts=("only 1 ml", "lies oddly") if organ.volume_ml else ())
+        for name, organ in measures(1, 1, 1, 0).items()
+    }
+    assert warnings_for(found, organs) == [
+        "not found: pancreas",
+        "most of what was found is doubtful; is this a CT of the abdomen, in HU, with the right header?",
+        "liver is doubtful: only 1 ml; lies oddly",
+        "kidney is doubtful: only 1 ml; lies oddly",
+        "spleen is doubtful: only 1 ml; lies oddly",
+    ]
+
+
+def test_what_reaches_the_border_may_be_a_part() -> None:
+    found = Segmentation(np.zeros((1, 1, 1), np.uint8), Roi(Box.whole((1, 1, 1))))
+    organs = measures(900, 300, 200, 80)
+    for name in ("liver", "spleen"):
+        organs[name] = replace(organs[name], touches_border=True)
+    assert warnings_for(found, organs) == [
+        "cut off by the border of the scan, so that the volume may be only a part: liver, spleen"
+    ]
 
 
 def test_warnings_go_to_standard_error_with_the_files_name(

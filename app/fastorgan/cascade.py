@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from .box import CROP_SIZE, ROI_SIZE
 from .intensity import to_network
 from .monitor import StageTimer
+from .plausibility import Evidence, examine
 from .postprocess import organ_margins
 from .report import Engine
 from .resample import resize
@@ -28,12 +29,16 @@ class Segmentation:
         labels: uint8 organ codes in the file's axes.
         roi: where the organ net looked.
         seconds: wall seconds by stage.
+        evidence: what is known of each organ that was found, by its name; see `plausibility`.
+        device: name of the processor or card that ran the organ network; None if unknown.
         faults: one line for each device that was left while this ran.
     """
 
     labels: NDArray[np.uint8]
     roi: Roi
     seconds: dict[str, float] = field(default_factory=dict)
+    evidence: dict[str, Evidence] = field(default_factory=dict)
+    device: str | None = None
     faults: tuple[str, ...] = ()
 
 
@@ -105,7 +110,11 @@ class Cascade:
         with timer.stage("organs"):
             crop = volume.unit(resize(volume.array, roi.box, CROP_SIZE, volume.windowed))
             logits = self._organ_net(to_network(crop))
+            device = self.engine.device_name
         with timer.stage("restore"):
             voxel_mm3 = np.prod(np.multiply(roi.box.size, volume.spacing)) / np.prod(CROP_SIZE)
-            labels = restore_labels(organ_margins(logits, float(voxel_mm3)), roi.box, volume)
-        return Segmentation(labels, roi, timer.seconds, self.faults[known:])
+            margins = organ_margins(logits, float(voxel_mm3))
+            labels = restore_labels(margins, roi.box, volume)
+        with timer.stage("check"):
+            evidence = examine(margins, crop, roi.box, volume)
+        return Segmentation(labels, roi, timer.seconds, evidence, device, self.faults[known:])

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ from .in_order import InOrder
 from .labels import ORGANS
 from .monitor import MemorySampler, StageTimer
 from .nifti import SUFFIXES
+from .plausibility import doubts
 from .report import CaseRecord, OrganMeasure, RoiBox, RunReport, Status, measure
 from .runtime import resolve_device
 from .volume import Volume, label_image, load_image, make_folder, read_volume, save_image
@@ -177,7 +178,7 @@ def _run_case(loaded: Future[Cascade], job: Job, sampler: MemorySampler, setting
             found = cascade.find_organs(volume)
             seconds = timer.seconds | found.seconds
             spacing = tuple(float(s) for s in nib.affines.voxel_sizes(image.affine))
-            organs = measure(found.labels, (spacing[0], spacing[1], spacing[2]))
+            organs = judged(measure(found.labels, (spacing[0], spacing[1], spacing[2])), found)
             with timer.stage("write"):
                 save_image(label_image(found.labels, image), job.target)
             warnings = [*volume.warnings, *warnings_for(found, organs)]
@@ -201,7 +202,7 @@ def _run_case(loaded: Future[Cascade], job: Job, sampler: MemorySampler, setting
         Status.DONE,
         str(job.target),
         warnings=warnings,
-        device=cascade.engine.device_name,
+        device=found.device,
         shape=volume.grid.shape,
         spacing=(spacing[0], spacing[1], spacing[2]),
         roi=_roi_in_file(found, volume),
@@ -210,6 +211,17 @@ def _run_case(loaded: Future[Cascade], job: Job, sampler: MemorySampler, setting
         total_seconds=time.perf_counter() - begun,
         memory=window.peak,
     )
+
+
+def judged(organs: dict[str, OrganMeasure], found: Segmentation) -> dict[str, OrganMeasure]:
+    """Add to each organ's measure how sure the network is of it, and what speaks against it."""
+    said = doubts(found.evidence)
+    return {
+        name: replace(organ, confidence=found.evidence[name].confidence, doubts=tuple(said.get(name, ())))
+        if name in found.evidence
+        else organ
+        for name, organ in organs.items()
+    }
 
 
 def warnings_for(found: Segmentation, organs: dict[str, OrganMeasure]) -> list[str]:
@@ -222,6 +234,13 @@ def warnings_for(found: Segmentation, organs: dict[str, OrganMeasure]) -> list[s
         lines.append("no organ was found; is this a CT of the abdomen, in HU?")
     elif missing:
         lines.append(f"not found: {', '.join(missing)}")
+    doubtful = {name: organ.doubts for name, organ in organs.items() if organ.doubts}
+    if 2 * len(doubtful) > len(organs):
+        lines.append("most of what was found is doubtful; is this a CT of the abdomen, in HU, with the right header?")
+    lines += [f"{name} is doubtful: {'; '.join(said)}" for name, said in doubtful.items()]
+    parts = [name for name, organ in organs.items() if organ.touches_border]
+    if parts:
+        lines.append(f"cut off by the border of the scan, so that the volume may be only a part: {', '.join(parts)}")
     return lines
 
 

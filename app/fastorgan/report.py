@@ -28,16 +28,20 @@ NOTICE = "fastorgan is not a medical device: not for diagnosis or treatment."
 
 @dataclass(frozen=True)
 class OrganMeasure:
-    """One organ's size in a label map.
+    """One organ in a label map.
 
     Attributes:
         volume_ml: voxels times their volume, in ml; 0.0 for an organ that was not found.
         touches_border: whether a voxel of it lies on one of the volume's six faces. The scan may then have cut the
             organ off, and the volume be only a part of it.
+        confidence: how far probability and label agree, 0 to 1; None if that is not known. See `plausibility.Evidence`.
+        doubts: a few words for each reason to think that this is not the organ.
     """
 
     volume_ml: float
     touches_border: bool
+    confidence: float | None = None
+    doubts: Sequence[str] = ()
 
 
 def measure(labels: NDArray[np.uint8], spacing: tuple[float, float, float]) -> dict[str, OrganMeasure]:
@@ -151,7 +155,12 @@ class CaseRecord:
             "organs": None
             if self.organs is None
             else {
-                name: {"volume_ml": _rounded(organ.volume_ml, 2), "touches_border": organ.touches_border}
+                name: {
+                    "volume_ml": _rounded(organ.volume_ml, 2),
+                    "touches_border": organ.touches_border,
+                    "confidence": _rounded(organ.confidence, 3),
+                    "doubts": list(organ.doubts),
+                }
                 for name, organ in self.organs.items()
             },
             "seconds": {stage: _rounded(seconds, 4) for stage, seconds in self.seconds.items()},
