@@ -52,7 +52,7 @@ def test_slices_are_sorted_by_their_place_and_not_by_name(tmp_path: Path, hu: ND
     assert image.get_data_dtype() == np.int16
     assert np.array_equal(values(image), hu.transpose(2, 1, 0))
     # LPS to RAS: x and y change their signs.
-    expected = [[-2, 0, 0, 40], [0, -1.5, 0, 30], [0, 0, 3, 100], [0, 0, 0, 1]]
+    expected: list[list[float]] = [[-2, 0, 0, 40], [0, -1.5, 0, 30], [0, 0, 3, 100], [0, 0, 0, 1]]
     assert image.affine.tolist() == expected
     assert (int(image.header["sform_code"]), int(image.header["qform_code"])) == (1, 1)
     assert np.allclose(image.get_qform(), expected)
