@@ -182,7 +182,9 @@ def test_what_stops_a_run_is_one_line_and_2(
 
 def test_an_empty_folder_is_one_line_and_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", str(tmp_path), str(tmp_path / "out")]) == 2
-    assert capsys.readouterr().err == f"fastorgan: {tmp_path}: holds no .nii.gz or .nii file\n"
+    assert capsys.readouterr().err == (
+        f"fastorgan: {tmp_path}: holds no CT volume (.nii.gz, .nii, .hdr, .img, .mha, .nrrd)\n"
+    )
 
 
 def test_missing_weights_are_one_line_and_2(tmp_path: Path, blocks: Blocks, capsys: pytest.CaptureFixture[str]) -> None:
@@ -306,7 +308,7 @@ def test_a_phantom_and_its_labels_are_written(
     assert small_phantom == [7, 0]
 
 
-@pytest.mark.parametrize("name", ["file/p.nii.gz", "file/deep/p.nii.gz", "p.mha", "folder.nii"])
+@pytest.mark.parametrize("name", ["file/p.nii.gz", "file/deep/p.nii.gz", "p.mhd", "folder.nii"])
 def test_a_phantom_that_cannot_be_written_is_one_line_and_2(
     tmp_path: Path, name: str, small_phantom: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:

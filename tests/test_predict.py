@@ -86,7 +86,10 @@ def folders(tmp_path: Path, blocks: Blocks, by_hu: Cascade, monkeypatch: pytest.
         ("-x_0000.nii", "-x"),
         ("_0000.nii.gz", "_0000"),
         ("X.nii.nii.gz", "X.nii"),
-        ("X.mha", "X.mha"),
+        ("X.mha", "X"),
+        ("X_0000.nrrd", "X"),
+        ("X.hdr", "X"),
+        ("X.txt", "X.txt"),
     ],
 )
 def test_cases_are_named_without_suffix_and_channel(name: str, case: str) -> None:
@@ -102,7 +105,7 @@ def targets(jobs: list[Job]) -> list[tuple[str, str]]:
 
 def test_a_folder_is_taken_in_the_order_of_names(folders: Folders) -> None:
     folders.put("c_0000.nii.gz", "a.nii", "b.nii.gz", "B10.nii.gz")
-    for name in (".hidden.nii.gz", "notes.txt", "d.nii.gz.part", "e.mha"):
+    for name in (".hidden.nii.gz", "notes.txt", "d.nii.gz.part", "e.img", "f.mhd"):
         (folders.inputs / name).touch()
     (folders.inputs / "sub").mkdir()
     jobs = plan_jobs([folders.inputs], folders.outputs)
@@ -164,7 +167,7 @@ def test_no_input_is_overwritten(folders: Folders, tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_refused(folders: Folders) -> None:
     (folders.inputs / "notes.txt").touch()
-    with pytest.raises(VolumeError, match=r"in: holds no \.nii\.gz or \.nii file\Z"):
+    with pytest.raises(VolumeError, match=r"in: holds no CT volume \(\.nii\.gz, .*\)\Z"):
         plan_jobs([folders.inputs], folders.outputs)
 
 

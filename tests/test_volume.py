@@ -816,6 +816,6 @@ def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["labels", "labels.nii.bz2", "labels.img", "labels.gz", "labels.NII"])
 def test_other_names_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(VolumeError, match=r"must end in \.nii\.gz or \.nii\Z"):
+    with pytest.raises(VolumeError, match=r"must end in \.nii\.gz, \.nii, \.mha, \.nrrd\Z"):
         save_image(image_of(numbers((3, 4, 5))), tmp_path / name)
     assert list(tmp_path.iterdir()) == []

@@ -88,8 +88,9 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     predict = commands.add_parser(
         "predict",
         help="segment CT volumes",
-        description="Segment CT volumes (NIfTI, HU). X_0000.nii.gz, X.nii.gz and X.nii become X.nii.gz with the\n"
-        "labels 1 liver, 2 kidney, 3 spleen, 4 pancreas on the input's own grid.",
+        description="Segment CT volumes in HU: NIfTI (.nii.gz, .nii, .hdr with .img), MetaImage (.mha), NRRD (.nrrd).\n"
+        "X_0000.nii.gz, X.nii.gz, X.mha and so on become X.nii.gz with the labels 1 liver, 2 kidney, 3 spleen,\n"
+        "4 pancreas on the input's own grid.",
         epilog="examples:\n  fastorgan predict inputs/ outputs/ --report run.json\n"
         f"  fastorgan predict ct.nii.gz labels.nii.gz --device cpu\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -17,11 +17,19 @@ from .errors import DeviceError, FastorganError, VolumeError
 from .in_order import InOrder
 from .labels import ORGANS
 from .monitor import MemorySampler, StageTimer
-from .nifti import SUFFIXES
 from .plausibility import doubts
 from .report import CaseRecord, OrganMeasure, RoiBox, RunReport, Status, measure
 from .runtime import resolve_device
-from .volume import Volume, label_image, load_image, make_folder, read_volume, save_image
+from .volume import (
+    INPUT_SUFFIXES,
+    OUTPUT_SUFFIXES,
+    Volume,
+    label_image,
+    load_image,
+    make_folder,
+    read_volume,
+    save_image,
+)
 
 T = TypeVar("T")
 
@@ -61,19 +69,24 @@ class Settings:
 
 
 def plan_jobs(inputs: Sequence[Path], output: Path) -> list[Job]:
-    """Say which label file each CT gets: X_0000.nii.gz, X.nii.gz and X.nii become X.nii.gz.
+    """Say which label file each CT gets: X_0000.nii.gz, X.nii.gz, X.mha and so on become X.nii.gz.
 
     Args:
-        inputs: files, or folders whose NIfTI files are taken in the order of their names.
+        inputs: files, or folders whose volumes are taken in the order of their names.
         output: a folder; or the label file itself, for a single input file.
 
     Raises:
-        VolumeError: if a folder holds no NIfTI file or cannot be read.
+        VolumeError: if a folder holds no volume or cannot be read.
     """
     sources: list[Path] = []
     for path in inputs:
         sources += _volumes_in(path) if _is_folder(path) else [path]
-    if len(inputs) == 1 and not _is_folder(inputs[0]) and output.name.endswith(SUFFIXES) and not _is_folder(output):
+    if (
+        len(inputs) == 1
+        and not _is_folder(inputs[0])
+        and output.name.endswith(OUTPUT_SUFFIXES)
+        and not _is_folder(output)
+    ):
         targets = [output]
     else:
         targets = [output / f"{case_name(source)}.nii.gz" for source in sources]
@@ -95,9 +108,9 @@ def plan_jobs(inputs: Sequence[Path], output: Path) -> list[Job]:
 
 
 def case_name(path: Path) -> str:
-    """The case that a CT file stands for: its name without .nii.gz or .nii and without the channel _0000."""
+    """The case that a CT file stands for: its name without its suffix and without the channel _0000."""
     name = path.name
-    for suffix in SUFFIXES:
+    for suffix in INPUT_SUFFIXES:
         if name.endswith(suffix):
             name = name.removesuffix(suffix)
             break
@@ -271,11 +284,13 @@ def _is_folder(path: Path) -> bool:
 
 def _volumes_in(folder: Path) -> list[Path]:
     try:
-        files = sorted(p for p in folder.iterdir() if p.name.endswith(SUFFIXES) and not p.name.startswith("."))
+        # A pair is one volume, and goes by its header.
+        suffixes = tuple(suffix for suffix in INPUT_SUFFIXES if suffix != ".img")
+        files = sorted(p for p in folder.iterdir() if p.name.endswith(suffixes) and not p.name.startswith("."))
     except OSError as error:
         raise VolumeError(f"{folder}: cannot be read ({error.strerror or error})") from error
     if not files:
-        raise VolumeError(f"{folder}: holds no {' or '.join(SUFFIXES)} file")
+        raise VolumeError(f"{folder}: holds no CT volume ({', '.join(INPUT_SUFFIXES)})")
     return files
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -271,10 +270,8 @@ class RunReport:
             if path.exists() and not path.is_file():
                 # To put a file in the place of /dev/null would do more harm than to refuse it.
                 raise FastorganError(f"{path}: not a regular file; name a file for the report")
-            with whole_file(path, ".json") as partial, partial.open("x", encoding="ascii") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
+            with whole_file(path, ".json") as partial:
+                partial.write_text(text, encoding="ascii")
         except OSError as error:
             raise FastorganError(f"{path}: cannot be written ({error.strerror or error})") from error
 

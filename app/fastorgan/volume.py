@@ -21,6 +21,7 @@ from .gzipped import DAMAGE, open_packed, pack_to
 from .hounsfield import find_rescale
 from .intensity import WINDOW_HU, to_unit
 from .memory import check_memory
+from .mha_nrrd import TEXT_HEADER_SUFFIXES, open_text_header, write_text_header
 from .nifti import (
     MAX_HEADER_BYTES,
     MAX_VOXELS,
@@ -31,8 +32,11 @@ from .nifti import (
     open_nifti,
 )
 
-INPUT_SUFFIXES = (*SUFFIXES, *PAIR_SUFFIXES)
+INPUT_SUFFIXES = (*SUFFIXES, *PAIR_SUFFIXES, *TEXT_HEADER_SUFFIXES)
 """Endings of the names of files that hold a CT."""
+
+OUTPUT_SUFFIXES = (*SUFFIXES, *TEXT_HEADER_SUFFIXES)
+"""Endings of the names of files that labels can be written to."""
 
 OBLIQUE_DEGREES = 3.0
 """A grid turned further than this from the patient's axes is resampled upright before the networks see it."""
@@ -128,10 +132,10 @@ class FileGrid:
 
 
 def load_image(path: Path, max_voxels: int = MAX_VOXELS) -> nib.Nifti1Image:
-    """Open a file and check its header; voxels stay on disk.
+    """Open a file and check its header; voxels stay on disk, but those of .mha and .nrrd are read.
 
     Args:
-        path: NIfTI (.nii, .nii.gz, or .hdr beside .img).
+        path: NIfTI (.nii, .nii.gz, or .hdr beside .img), MetaImage (.mha) or NRRD (.nrrd).
         max_voxels: more are refused.
 
     Raises:
@@ -145,7 +149,7 @@ def load_image(path: Path, max_voxels: int = MAX_VOXELS) -> nib.Nifti1Image:
             raise VolumeError(f"{path}: not a file")
         if not path.name.endswith(INPUT_SUFFIXES):
             raise VolumeError(f"{path}: not a name of a CT volume (expected {', '.join(INPUT_SUFFIXES)})")
-        return open_nifti(path, max_voxels)
+        return (open_text_header if path.suffix in TEXT_HEADER_SUFFIXES else open_nifti)(path, max_voxels)
     except DAMAGE as error:
         raise VolumeError(f"{path}: damaged or not readable ({_one_line(error)})") from error
 
@@ -237,14 +241,17 @@ def save_image(image: nib.Nifti1Image, path: Path) -> None:
     """Write an image so that `path` is either absent, as it was, or whole.
 
     Raises:
-        VolumeError: if the name does not end in .nii.gz or .nii, the folder cannot be written to, or the disk is full.
+        VolumeError: if the name ends in none of `OUTPUT_SUFFIXES`, the folder cannot be written to, or the disk is
+            full.
     """
-    suffix = next((s for s in SUFFIXES if path.name.endswith(s)), None)
+    suffix = next((s for s in OUTPUT_SUFFIXES if path.name.endswith(s)), None)
     if suffix is None:
-        raise VolumeError(f"{path}: the name of a label file must end in {' or '.join(SUFFIXES)}")
+        raise VolumeError(f"{path}: the name of a label file must end in {', '.join(OUTPUT_SUFFIXES)}")
     try:
         with whole_file(path, suffix) as partial:
-            if suffix == ".nii":
+            if suffix in TEXT_HEADER_SUFFIXES:
+                write_text_header(image, partial, suffix)
+            elif suffix == ".nii":
                 nib.save(image, partial)
             else:
                 with pack_to(partial) as stream:
