@@ -249,7 +249,8 @@ def test_options_reach_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     class Noted:
         step = 7
 
-        def __init__(self, plan: Any):
+        def __init__(self, plan: Any, world: Any):
+            assert world.size == 1
             plans.append(plan)
 
         def fit(self) -> None:
