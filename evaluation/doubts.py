@@ -246,8 +246,16 @@ def write_csv(verdicts: Iterable[Verdict], path: Path) -> None:
         for row in verdicts:
             known = [""] * (len(figures) + 3)
             if row.evidence is not None:
-                known = [f"{float(getattr(row.evidence, figure)):.4g}" for figure in figures]
+                known = [_cell(getattr(row.evidence, figure)) for figure in figures]
                 known += [f"{place:.1f}" for place in row.evidence.centre_mm]
             found = row.evidence is not None
             head = [row.case, row.copy, row.organ, f"{row.dsc:.4f}", int(row.present), int(found)]
             table.writerow([*head, *known, "; ".join(row.doubts)])
+
+
+def _cell(figure: float | tuple[bool, ...] | None) -> str:
+    if figure is None:
+        return ""
+    if isinstance(figure, tuple):
+        return "".join(axis for axis, cut in zip("zyx", figure, strict=True) if cut)
+    return f"{figure:.4g}"

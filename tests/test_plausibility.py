@@ -18,7 +18,7 @@ def volume(shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> 
     return Volume(np.zeros(shape, np.int16), spacing, 1.0, 0.0, FileGrid(shape[::-1], np.eye(3)))
 
 
-SCAN = volume((100, 100, 100), (4.0, 3.0, 2.0))
+SCAN = volume((100, 100, 125), (4.0, 3.0, 2.0))
 INSIDE = Box((10.0, 20.0, 30.0), (50.0, 60.0, 70.0))  # 160 x 120 x 80 mm: samples of 4 x 3 x 2 mm
 SIZE = (40, 40, 40)
 
@@ -48,7 +48,7 @@ def test_an_organ_is_measured() -> None:
     # All voxels have the probability 1 / (1 + e^-4) = 0.982, and nothing else has any: 2 · 0.982 / (1 + 0.982).
     assert found.confidence == pytest.approx(0.9909, abs=1e-4)
     assert found.stray == 0.0
-    assert not found.cut
+    assert found.cut == (False, False, False)
     assert found.boxed_cm2 == 0.0
     # 12 samples of 2 mm: the means of the halves are 12 mm apart.
     assert found.apart_mm == pytest.approx(12.0)
@@ -67,15 +67,23 @@ def test_pieces_that_were_taken_away_are_counted() -> None:
     assert found.stray == pytest.approx(4 / 16)
 
 
+def test_a_narrow_scan_need_not_show_both_kidneys() -> None:
+    narrow = volume((100, 100, 124), (4.0, 3.0, 2.0))
+    found = examine(margins(2), hu_crop(50.0), INSIDE, narrow)
+    assert found["kidney"].apart_mm is None
+    assert "on one side only" not in doubts(found).get("kidney", [])
+    assert "on one side only" in doubts(examine(margins(2), hu_crop(50.0), INSIDE, SCAN))["kidney"]
+
+
 def test_only_the_scans_own_ends_cut_an_organ() -> None:
     whole = Box((0.0, 20.0, 30.0), (40.0, 60.0, 70.0))
     low = ((slice(0, 10), slice(10, 30), slice(20, 32)), 4.0)
     cut = examine(margins(low=low), hu_crop(50.0), whole, SCAN)["liver"]
-    assert cut.cut
+    assert cut.cut == (True, False, False)
     assert cut.boxed_cm2 == 0.0
     # The same at a side of the box that is not the scan's: 20 x 12 samples of 3 x 2 mm end there.
     boxed = examine(margins(low=low), hu_crop(50.0), INSIDE, SCAN)["liver"]
-    assert not boxed.cut
+    assert boxed.cut == (False, False, False)
     assert boxed.boxed_cm2 == pytest.approx(20 * 12 * 6.0 / 100)
 
 
@@ -95,11 +103,14 @@ def test_one_sample_is_an_organ_too() -> None:
 
 # Doubts
 
+WHOLE = (False, False, False)
+CUT = (True, False, False)
+
 ABDOMEN = {
-    "liver": Evidence(1500.0, (300.0, 200.0, 280.0), 100.0, 0.97, 0.0, False, 0.0, 90.0),
-    "kidney": Evidence(320.0, (240.0, 145.0, 205.0), 130.0, 0.97, 0.0, False, 0.0, 140.0),
-    "spleen": Evidence(200.0, (315.0, 140.0, 120.0), 110.0, 0.97, 0.0, False, 0.0, 35.0),
-    "pancreas": Evidence(80.0, (265.0, 200.0, 205.0), 80.0, 0.94, 0.0, False, 0.0, 60.0),
+    "liver": Evidence(1500.0, (300.0, 200.0, 280.0), 100.0, 0.97, 0.0, WHOLE, 0.0, 90.0),
+    "kidney": Evidence(320.0, (240.0, 145.0, 205.0), 130.0, 0.97, 0.0, WHOLE, 0.0, 140.0),
+    "spleen": Evidence(200.0, (315.0, 140.0, 120.0), 110.0, 0.97, 0.0, WHOLE, 0.0, 35.0),
+    "pancreas": Evidence(80.0, (265.0, 200.0, 205.0), 80.0, 0.94, 0.0, WHOLE, 0.0, 60.0),
 }
 """A usual abdomen."""
 
@@ -117,7 +128,7 @@ def test_a_usual_abdomen_raises_none() -> None:
 @pytest.mark.parametrize(
     ("organ", "figures", "said"),
     [
-        ("liver", {"volume_ml": 120.0}, "only 120 ml, usually more than 400"),
+        ("liver", {"volume_ml": 300.0}, "only 300 ml, usually more than 400"),
         ("liver", {"volume_ml": 28423.0}, "28423 ml, usually less than 5000"),
         ("spleen", {"hu": -60.0}, "-60 HU on average, usually 0 to 270"),
         ("kidney", {"hu": 300.0}, "300 HU on average, usually 0 to 290"),
@@ -140,11 +151,19 @@ def test_a_low_confidence_is_said(organ: str) -> None:
 
 
 def test_a_part_of_an_organ_may_be_small_and_on_one_side() -> None:
-    assert doubts(but("liver", volume_ml=60.0, cut=True)) == {}
-    assert doubts(but("kidney", volume_ml=20.0, apart_mm=20.0, cut=True)) == {}
-    # Its middle is lower or higher than the whole organ's, but not further left.
-    assert doubts(but("spleen", cut=True, centre_mm=(100.0, 140.0, 120.0))) == {}
-    assert list(doubts(but("spleen", cut=True, centre_mm=(315.0, 140.0, 350.0)))) == ["spleen"]
+    assert doubts(but("liver", volume_ml=60.0, cut=CUT)) == {}
+    assert doubts(but("kidney", volume_ml=20.0, apart_mm=20.0, cut=CUT)) == {}
+    # Its middle is lower or higher than the whole organ's, but not further right.
+    assert doubts(but("spleen", cut=CUT, centre_mm=(100.0, 140.0, 120.0))) == {}
+    assert list(doubts(but("spleen", cut=CUT, centre_mm=(315.0, 140.0, 350.0)))) == ["spleen"]
+
+
+def test_a_spleen_as_large_as_the_liver_is_said_of_both() -> None:
+    said = "the spleen has 80% of the liver's volume, usually less than 75%"
+    assert doubts(but("spleen", volume_ml=1200.0)) == {"liver": [said], "spleen": [said]}
+    # What is left of a liver says nothing.
+    part = but("spleen", volume_ml=1200.0)
+    assert doubts({**part, "liver": replace(part["liver"], cut=CUT)}) == {}
 
 
 def test_every_two_organs_are_held_against_each_other() -> None:

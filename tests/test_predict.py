@@ -596,7 +596,7 @@ def test_warnings_say_what_is_doubtful(fallback: str | None, volumes: tuple[floa
 
 
 def test_doubts_reach_the_measures_and_the_warnings() -> None:
-    sure = Evidence(1500.0, (300.0, 200.0, 280.0), 100.0, 0.97, 0.0, False, 0.0, 90.0)
+    sure = Evidence(1500.0, (300.0, 200.0, 280.0), 100.0, 0.97, 0.0, (False, False, False), 0.0, 90.0)
     evidence = {"liver": sure, "kidney": replace(sure, centre_mm=(240.0, 145.0, 205.0), apart_mm=20.0, volume_ml=150.0)}
     found = Segmentation(np.zeros((1, 1, 1), np.uint8), Roi(Box.whole((1, 1, 1))), evidence=evidence)
     organs = judged(measures(1500, 150, 200, 80), found)

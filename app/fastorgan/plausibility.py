@@ -37,9 +37,10 @@ class Evidence:
         confidence: how far probability and label agree, 0 to 1: the Dice coefficient of the two, where a voxel's
             probability is that of its margin. Doubtful voxels lower it inside the organ and outside.
         stray: share of the voxels first taken for the organ that were taken away as pieces of something else.
-        cut: whether it reaches an end of the scan, and so may be a part only.
+        cut: by axis (z, y, x), whether it reaches an end of the scan, and so may be a part only.
         boxed_cm2: its area on those sides of the box that are no end of the scan.
-        apart_mm: how far right half and left half lie apart, each the mean of what is on its side of the middle.
+        apart_mm: how far right half and left half lie apart, each the mean of what is on its side of the middle; None
+            in a scan too narrow to show both kidneys.
     """
 
     volume_ml: float
@@ -47,9 +48,9 @@ class Evidence:
     hu: float
     confidence: float
     stray: float
-    cut: bool
+    cut: tuple[bool, bool, bool]
     boxed_cm2: float
-    apart_mm: float
+    apart_mm: float | None
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,10 @@ class Limits:
 
 
 LIMITS = {
-    "liver": Limits((400.0, 5000.0), (-20.0, 230.0), 0.8),
-    "kidney": Limits((80.0, 1200.0), (0.0, 290.0), 0.8),
-    "spleen": Limits((25.0, 2500.0), (0.0, 270.0), 0.8),
-    "pancreas": Limits((15.0, 250.0), (-50.0, 270.0), 0.7),
+    "liver": Limits((400.0, 5000.0), (-20.0, 230.0), 0.88),
+    "kidney": Limits((80.0, 1200.0), (0.0, 290.0), 0.88),
+    "spleen": Limits((25.0, 1500.0), (0.0, 270.0), 0.88),
+    "pancreas": Limits((15.0, 250.0), (-50.0, 270.0), 0.85),
 }
 
 OFFSETS_MM = {
@@ -87,9 +88,17 @@ OFFSETS_MM = {
 KIDNEYS_APART_MM = (65.0, 230.0)
 """Between the two kidneys' centres, left to right; in one kidney alone the halves are nearer."""
 
+NARROW_MM = 250.0
+"""A scan narrower than this need not show both kidneys."""
+
 MOST_STRAY = 0.35
+"""Share of an organ's first voxels that may be taken away."""
 
 MOST_BOXED_CM2 = 10.0
+"""Area in which an organ may end where the searched box does."""
+
+MOST_SPLEEN = 0.75
+"""Volume of the spleen by that of the liver. In a mirrored scan most of the liver is taken for the spleen."""
 
 
 def examine(
@@ -107,6 +116,7 @@ def examine(
         By the organ's name; an organ without a margin above 0 has no entry.
     """
     found = {}
+    crop = crop[::STEP, ::STEP, ::STEP]
     for organ in ORGANS:
         if organ.code in margins:
             evidence = _examine_organ(margins[organ.code], crop, box, volume)
@@ -117,7 +127,7 @@ def examine(
 
 def _examine_organ(margin: NDArray[np.float32], crop: NDArray[np.float32], box: Box, volume: Volume) -> Evidence | None:
     sample = np.multiply(box.size, volume.spacing) / margin.shape * STEP
-    margin, crop = margin[::STEP, ::STEP, ::STEP], crop[::STEP, ::STEP, ::STEP]
+    margin = np.ascontiguousarray(margin[::STEP, ::STEP, ::STEP])
     won = margin > 0
     count = int(np.count_nonzero(won))
     if count == 0:
@@ -127,17 +137,18 @@ def _examine_organ(margin: NDArray[np.float32], crop: NDArray[np.float32], box: 
     places = [(np.arange(len(profile)) + 0.5) * size for profile, size in zip(profiles, sample, strict=True)]
     z, y, x = (float(profile @ place) / count for profile, place in zip(profiles, places, strict=True))
     corner = np.multiply(box.start, volume.spacing)
-    cut, boxed_mm2 = False, 0.0
+    cut, boxed_mm2 = [], 0.0
     for axis, profile in enumerate(profiles):
         area = float(sample.prod() / sample[axis])
         ends = (box.start[axis] < 1.0, box.stop[axis] > volume.shape[axis] - 1.0)
-        for touching, end in zip((profile[0], profile[-1]), ends, strict=True):
-            cut |= bool(touching) and end
-            boxed_mm2 += 0.0 if end else float(touching) * area
+        sides = list(zip((profile[0], profile[-1]), ends, strict=True))
+        cut.append(any(bool(touching) and end for touching, end in sides))
+        boxed_mm2 += sum(float(touching) * area for touching, end in sides if not end)
     # Below -6 lie probabilities that weigh nothing.
     near = margin[margin > -6.0]
     probability = 1.0 / (1.0 + np.exp(-near))
     low, high = WINDOW_HU
+    narrow = volume.shape[2] * volume.spacing[2] < NARROW_MM
     stray = int(np.count_nonzero(margin == np.float32(REMOVED)))
     return Evidence(
         volume_ml=count * float(sample.prod()) / 1000.0,
@@ -145,9 +156,9 @@ def _examine_organ(margin: NDArray[np.float32], crop: NDArray[np.float32], box: 
         hu=float(crop[won].mean(dtype=float)) * (high - low) + low,
         confidence=2.0 * float(probability[near > 0].sum(dtype=float)) / (count + float(probability.sum(dtype=float))),
         stray=stray / (count + stray),
-        cut=cut,
+        cut=(cut[0], cut[1], cut[2]),
         boxed_cm2=boxed_mm2 / 100.0,
-        apart_mm=_halves_apart(profiles[2], places[2]),
+        apart_mm=None if narrow else _halves_apart(profiles[2], places[2]),
     )
 
 
@@ -170,6 +181,12 @@ def doubts(found: Mapping[str, Evidence]) -> dict[str, list[str]]:
         lines[name] += _own_doubts(name, evidence)
     for name, others in misplaced(found).items():
         lines[name].append(others)
+    if {"liver", "spleen"} <= found.keys() and not any(found["liver"].cut):
+        share = found["spleen"].volume_ml / found["liver"].volume_ml
+        said = f"the spleen has {share:.0%} of the liver's volume, usually less than {MOST_SPLEEN:.0%}"
+        if share > MOST_SPLEEN:
+            for name in ("liver", "spleen"):
+                lines[name].append(said)
     return {name: said for name, said in lines.items() if said}
 
 
@@ -177,7 +194,7 @@ def _own_doubts(name: str, evidence: Evidence) -> list[str]:
     limits = LIMITS[name]
     least, most = limits.volume_ml
     lines = []
-    if evidence.volume_ml < least and not evidence.cut:
+    if evidence.volume_ml < least and not any(evidence.cut):
         lines.append(f"only {evidence.volume_ml:.0f} ml, usually more than {least:.0f}")
     if evidence.volume_ml > most:
         lines.append(f"{evidence.volume_ml:.0f} ml, usually less than {most:.0f}")
@@ -190,7 +207,7 @@ def _own_doubts(name: str, evidence: Evidence) -> list[str]:
         lines.append(f"what was left of scattered pieces ({evidence.stray:.0%} taken away)")
     if evidence.boxed_cm2 > MOST_BOXED_CM2:
         lines.append("may go on outside the part of the scan that was searched")
-    if name == "kidney" and not evidence.cut:
+    if name == "kidney" and not any(evidence.cut) and evidence.apart_mm is not None:
         near, far = KIDNEYS_APART_MM
         if evidence.apart_mm < near:
             lines.append("on one side only")
@@ -231,7 +248,7 @@ def _conflict(found: Mapping[str, Evidence], first: str, second: str) -> str | N
         return None
     ours, theirs = found[first], found[second]
     for axis, (low, high) in enumerate(limits):
-        if axis == 0 and (ours.cut or theirs.cut):
+        if ours.cut[axis] or theirs.cut[axis]:
             # The middle of what is left of an organ is not the organ's.
             continue
         distance = ours.centre_mm[axis] - theirs.centre_mm[axis]
@@ -246,5 +263,5 @@ def _span(axis: int, low: float, high: float) -> str:
     if low >= 0:
         return f"{low:.0f} to {high:.0f} mm {more}"
     if high <= 0:
-        return f"{-high:.0f} to {-low:.0f} mm {less}"
+        return f"{abs(high):.0f} to {-low:.0f} mm {less}"
     return f"{-low:.0f} mm {less} to {high:.0f} mm {more}"
