@@ -95,3 +95,26 @@ def test_leaving_early_waits_for_what_is_under_way_and_begins_no_more() -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert ended == [0]
+
+
+def test_what_ended_but_was_not_yielded_is_left() -> None:
+    begun = threading.Event()
+
+    def work(item: int) -> int:
+        if item == 2:
+            begun.set()
+        if item == 3:
+            raise ValueError(item)
+        return item
+
+    results = InOrder(work, range(5), 1)
+
+    def look_once() -> None:
+        with results:
+            assert next(iter(results)) == 0
+            assert begun.wait(20)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        look_once()
+    assert results.left() in ([1, 2], [1])

@@ -273,6 +273,8 @@ def test_the_report_holds_the_options(inputs: Path) -> None:
         "weights": None,
         "report": str(report),
         "preview": False,
+        "resume": False,
+        "max_voxels": None,
         "debug": False,
     }
 

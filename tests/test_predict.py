@@ -377,7 +377,12 @@ def test_an_interrupt_ends_the_batch_and_keeps_the_report(
         folders.run(jobs=1, report=folders.outputs / "run.json")
     assert folders.written() == ["a.nii.gz", "run.json"]
     report = json.loads((folders.outputs / "run.json").read_text(encoding="ascii"))
-    assert [case["status"] for case in report["cases"]] == ["done"]
+    # The third may be under way, and comes to its end.
+    done = [case["input"] for case in report["cases"]]
+    assert done[0] == str(folders.inputs / "a.nii.gz")
+    assert {case["status"] for case in report["cases"]} == {"done"}
+    assert sorted([f"{Path(name).name}" for name in done] + ["run.json"]) == folders.written()
+    assert report["planned"] == 3
     assert report["total_seconds"] is None
 
 
@@ -401,6 +406,207 @@ def test_lines_stay_whole_beside_a_progress_bar(
         f"[{number}/3] {folders.outputs / name}" for number, name in ((1, "a.nii.gz"), (2, "b.nii.gz"))
     ]
     assert f"fastorgan: {folders.inputs / 'c.nii.gz'}: " in said.err
+
+
+# Hostile names and places
+
+
+def test_names_cannot_break_lines_or_steer_the_terminal(folders: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = folders.inputs / "a\n[2 of 2] forged: liver 1 ml\x1b[2J\u202e.nii.gz"
+    bad.touch()
+    good, *_ = folders.put("b\n\tx.nii.gz")
+    report = folders.run(report=folders.outputs / "run.json")
+    assert [case.status for case in report.cases] == [Status.FAILED, Status.DONE]
+    said = capsys.readouterr()
+    assert said.err == f"fastorgan: {folders.inputs}/a\\n[2 of 2] forged: liver 1 ml\\x1b[2J\\u202e.nii.gz: is empty\n"
+    assert said.out.startswith(f"[2/2] {folders.outputs}/b\\n\\tx.nii.gz: liver ")
+    assert said.out.count("\n") == 1
+    assert (folders.outputs / "b\n\tx.nii.gz").exists()
+    # The report has the names themselves, as JSON writes them.
+    cases = json.loads((folders.outputs / "run.json").read_text(encoding="ascii"))["cases"]
+    assert [case["input"] for case in cases] == [str(bad), str(good)]
+    assert len(cases[0]["error"].splitlines()) == 1
+
+
+def test_a_link_out_of_the_folder_is_read_but_never_written_through(folders: Folders, tmp_path: Path) -> None:
+    (elsewhere,) = folders.put("elsewhere.nii.gz")
+    elsewhere = elsewhere.rename(tmp_path / "elsewhere.nii.gz")
+    before = elsewhere.read_bytes()
+    (folders.inputs / "a.nii.gz").symlink_to(elsewhere)
+    secret = tmp_path / "secret"
+    secret.write_bytes(b"kept")
+    folders.outputs.mkdir()
+    (folders.outputs / "a.nii.gz").symlink_to(secret)
+    (folders.outputs / "run.json").symlink_to(secret)
+    report = folders.run(report=folders.outputs / "run.json")
+    assert [case.status for case in report.cases] == [Status.DONE]
+    assert secret.read_bytes() == b"kept"
+    assert elsewhere.read_bytes() == before
+    assert folders.is_whole(folders.outputs / "a.nii.gz")
+
+
+def test_devices_and_pipes_are_no_volumes(folders: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    # To open the pipe would wait for ever, to read the device never end.
+    (folders.inputs / "a.nii").symlink_to("/dev/zero")
+    os.mkfifo(folders.inputs / "b.nii.gz")
+    report = folders.run()
+    assert {case.status for case in report.cases} == {Status.FAILED}
+    assert [line.endswith(": not a file") for line in capsys.readouterr().err.splitlines()] == [True] * 2
+
+
+def test_an_input_that_vanishes_is_one_failure(folders: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    gone, _ = folders.put("a.nii.gz", "b.nii.gz")
+    jobs = plan_jobs([folders.inputs], folders.outputs)
+    gone.unlink()
+    report = run_batch(jobs, Settings(device="cpu"))
+    assert [case.status for case in report.cases] == [Status.FAILED, Status.DONE]
+    assert capsys.readouterr().err == f"fastorgan: {gone}: no such file\n"
+
+
+def test_a_report_that_can_no_longer_be_written_costs_no_case(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders.put("a.nii.gz", "b.nii.gz", "c.nii.gz")
+    write, calls = RunReport.write, list[int]()
+
+    def full_disk(self: RunReport, path: Path) -> None:
+        calls.append(len(self.cases))
+        if len(calls) > 1:
+            raise FastorganError(f"{path}: cannot be written (No space left on device)")
+        write(self, path)
+
+    monkeypatch.setattr(RunReport, "write", full_disk)
+    with pytest.raises(FastorganError, match="No space left"):
+        folders.run(report=folders.outputs / "run.json")
+    assert calls == [0, 1, 2, 3, 3]
+    assert [folders.is_whole(folders.outputs / f"{case}.nii.gz") for case in "abc"] == [True] * 3
+
+
+class Deaf:
+    """A stream whose reader has gone."""
+
+    def __init__(self, error: OSError) -> None:
+        self.error = error
+
+    def write(self, text: str) -> int:
+        raise self.error
+
+    def flush(self) -> None:
+        raise self.error
+
+    def isatty(self) -> bool:
+        return False
+
+    def fileno(self) -> int:
+        raise ValueError
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(32, "Broken pipe"), OSError(28, "No space left on device")])
+def test_nobody_listening_costs_no_case(folders: Folders, monkeypatch: pytest.MonkeyPatch, error: OSError) -> None:
+    folders.put("a.nii.gz", "b.nii.gz")
+    (folders.inputs / "c.nii.gz").touch()
+    monkeypatch.setattr(sys, "stdout", Deaf(error))
+    monkeypatch.setattr(sys, "stderr", Deaf(error))
+    report = folders.run()
+    assert [case.status for case in report.cases] == [Status.DONE, Status.DONE, Status.FAILED]
+
+
+def test_max_voxels_is_kept(folders: Folders, capsys: pytest.CaptureFixture[str]) -> None:
+    (source,) = folders.put("a.nii.gz")
+    voxels = int(np.prod(folders.image.shape))
+    assert folders.run(max_voxels=voxels).cases[0].status is Status.DONE
+    assert folders.run(max_voxels=voxels - 1).cases[0].status is Status.FAILED
+    said = f"fastorgan: {source}: 60 x 50 x 40 voxels are more than {voxels - 1}; --max-voxels allows others\n"
+    assert capsys.readouterr().err == said
+
+
+# Resuming
+
+
+def test_a_second_run_does_what_is_missing_and_no_more(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, by_hu: Cascade, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders.put("a_0000.nii.gz", "b.nii", "c.nii.gz")
+    (folders.inputs / "d.nii.gz").touch()
+    folders.run()
+    (folders.outputs / "b.nii.gz").unlink()
+    before = {path: path.stat().st_mtime_ns for path in folders.outputs.iterdir()}
+    find, calls = by_hu.find_organs, list[int]()
+
+    def find_organs(volume: Volume) -> Segmentation:
+        calls.append(1)
+        return find(volume)
+
+    monkeypatch.setattr(by_hu, "find_organs", find_organs)
+    capsys.readouterr()
+    report = folders.run(resume=True, report=folders.outputs / "run.json")
+    assert [case.status for case in report.cases] == [Status.SKIPPED, Status.DONE, Status.SKIPPED, Status.FAILED]
+    assert len(calls) == 1
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert folders.is_whole(folders.outputs / "b.nii.gz")
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
+    assert lines[0] == f"[1/4] {folders.outputs / 'a.nii.gz'}: skipped, its labels are there already"
+    assert lines[1].startswith(f"[2/4] {folders.outputs / 'b.nii.gz'}: liver ")
+    assert len(said.err.splitlines()) == 1
+    facts = json.loads((folders.outputs / "run.json").read_text(encoding="ascii"))
+    assert facts["planned"] == 4
+    assert facts["counts"] == {"done": 1, "failed": 1, "skipped": 2}
+    first = facts["cases"][0]
+    assert first["output"] == str(folders.outputs / "a.nii.gz")
+    assert first["error"] == f"{folders.inputs / 'a_0000.nii.gz'}: its labels are there already"
+    assert first["organs"] is None
+
+
+def spoil_labels(path: Path) -> None:
+    path.write_bytes(b"no labels")
+
+
+def shrink_labels(path: Path) -> None:
+    nib.save(nib.Nifti1Image(np.zeros((3, 4, 5), np.uint8), np.eye(4)), path)
+
+
+def age_labels(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize("change", [spoil_labels, shrink_labels, age_labels, Path.unlink])
+def test_labels_that_are_not_the_scans_are_made_anew(folders: Folders, change: Any) -> None:
+    folders.put("a.nii.gz")
+    folders.run()
+    target = folders.outputs / "a.nii.gz"
+    assert folders.run(resume=True).cases[0].status is Status.SKIPPED
+    change(target)
+    assert folders.run(resume=True).cases[0].status is Status.DONE
+    assert folders.is_whole(target)
+
+
+def test_a_picture_that_is_missing_is_made(folders: Folders) -> None:
+    folders.put("a.nii.gz")
+    folders.run()
+    assert folders.run(resume=True, preview=True).cases[0].status is Status.DONE
+    assert folders.run(resume=True, preview=True).cases[0].status is Status.SKIPPED
+
+
+def test_without_resume_everything_is_done_again(folders: Folders) -> None:
+    folders.put("a.nii.gz")
+    for _ in range(2):
+        assert folders.run().cases[0].status is Status.DONE
+
+
+def test_an_obstacle_is_no_case_that_is_done(folders: Folders) -> None:
+    folders.put("X.nii", "X_0000.nii.gz")
+    folders.run()
+    assert [case.status for case in folders.run(resume=True).cases] == [Status.SKIPPED, Status.FAILED]
+
+
+def test_what_killed_runs_left_is_removed(folders: Folders) -> None:
+    pytest.importorskip("fcntl")
+    folders.put("a.nii.gz")
+    folders.outputs.mkdir()
+    (folders.outputs / ".fastorgan-0123456789abcdef.nii.gz").write_bytes(b"half")
+    folders.run()
+    assert folders.written() == ["a.nii.gz"]
 
 
 # What stops a batch

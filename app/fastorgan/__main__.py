@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from . import __version__
+from .console import say, warn
 from .errors import FastorganError
 
 EXIT_CODES = """\
@@ -32,13 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _terminable():
             code: int = options.run(options)
     except FastorganError as error:
-        print(f"fastorgan: {error}", file=sys.stderr)
+        warn(str(error))
         return 2
     except KeyboardInterrupt:
-        print("fastorgan: interrupted", file=sys.stderr)
+        warn("interrupted")
         return 130
     except _Terminated:
-        print("fastorgan: terminated", file=sys.stderr)
+        warn("terminated")
         return 143
     return code
 
@@ -110,6 +111,10 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     predict.add_argument("--weights", metavar="DIR", type=Path, help="other weights than the released ones")
     predict.add_argument("--report", metavar="FILE", type=Path, help="write a run report (JSON)")
     predict.add_argument("--preview", action="store_true", help="write a picture (PNG) beside each label file")
+    predict.add_argument("--resume", action="store_true", help="leave out the cases whose labels are there already")
+    predict.add_argument(
+        "--max-voxels", metavar="N", type=_positive, help="refuse larger volumes (default: 2147483648)"
+    )
     predict.add_argument("--debug", action="store_true", help="show tracebacks of unforeseen errors")
     predict.set_defaults(run=_predict)
 
@@ -127,6 +132,7 @@ def _add_phantom(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def _predict(options: argparse.Namespace) -> int:
+    from .nifti import MAX_VOXELS
     from .predict import Settings, plan_jobs, run_batch
     from .report import Status
 
@@ -141,9 +147,11 @@ def _predict(options: argparse.Namespace) -> int:
         options.preview,
         options.debug,
         shown,
+        options.resume,
+        options.max_voxels or MAX_VOXELS,
     )
     report = run_batch(plan_jobs(options.inputs, options.output), settings)
-    return 0 if all(case.status is Status.DONE for case in report.cases) else 2
+    return 2 if any(case.status is Status.FAILED for case in report.cases) else 0
 
 
 def _phantom(options: argparse.Namespace) -> int:
@@ -155,7 +163,7 @@ def _phantom(options: argparse.Namespace) -> int:
         if path is not None:
             make_folder(path.parent)
             save_image(volume, path)
-            print(path)
+            say(str(path))
     return 0
 
 

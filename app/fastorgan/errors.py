@@ -1,8 +1,14 @@
 """What can go wrong for a reason that the user can mend."""
 
+from .console import printable
+
 
 class FastorganError(Exception):
     """Base of every error that fastorgan raises on purpose; its text is one line, fit to be shown as it is."""
+
+    def __str__(self) -> str:
+        # It names files, and a file's name may hold line breaks and a terminal's commands.
+        return printable(super().__str__())
 
 
 class VolumeError(FastorganError):

@@ -28,14 +28,22 @@ class InOrder(Generic[Item, Result]):
         self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="fastorgan-case")
         self._halted = threading.Event()
         self._futures: list[Future[Result]] = []
+        self._yielded = 0
 
     def __enter__(self) -> Self:
         self._futures = [self._pool.submit(self._do, item) for item in self._items]
         return self
 
     def __iter__(self) -> Iterator[Result]:
-        for future in self._futures:
-            yield future.result()
+        while self._yielded < len(self._futures):
+            result = self._futures[self._yielded].result()
+            self._yielded += 1
+            yield result
+
+    def left(self) -> list[Result]:
+        """After the block: results of items that came to their end but were not yielded, in order."""
+        ended = [future for future in self._futures[self._yielded :] if future.done() and not future.cancelled()]
+        return [future.result() for future in ended if future.exception() is None]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

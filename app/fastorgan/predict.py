@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -13,10 +13,13 @@ from typing import TypeVar
 import nibabel as nib
 
 from .cascade import Cascade, Segmentation
+from .console import printable, say, warn
 from .errors import DeviceError, FastorganError, VolumeError
+from .files import remove_abandoned
 from .in_order import InOrder
 from .labels import ORGANS
 from .monitor import MemorySampler, StageTimer
+from .nifti import MAX_VOXELS
 from .plausibility import doubts
 from .report import CaseRecord, OrganMeasure, RoiBox, RunReport, Status, measure
 from .runtime import resolve_device
@@ -53,6 +56,8 @@ class Settings:
             its scan in memory.
         report: where the run report goes, if anywhere.
         preview: whether a PNG is written beside each label file.
+        resume: leave out the cases whose labels are there; see `is_done`.
+        max_voxels: larger volumes are refused.
         debug: let unforeseen errors through with their traceback.
         options: the command's options by name, for the report.
     """
@@ -66,6 +71,8 @@ class Settings:
     preview: bool = False
     debug: bool = False
     options: dict[str, object] = field(default_factory=dict)
+    resume: bool = False
+    max_voxels: int = MAX_VOXELS
 
 
 def plan_jobs(inputs: Sequence[Path], output: Path) -> list[Job]:
@@ -130,34 +137,46 @@ def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
     sampler = MemorySampler(int(device.removeprefix("cuda:")) if device != "cpu" else None)
     for folder in sorted({job.target.parent for job in jobs}):
         make_folder(folder)
+        remove_abandoned(folder)
     loaded: Future[Cascade] = Future()
 
     def run(job: Job) -> CaseRecord:
         return _run_case(loaded, job, sampler, settings)
 
-    # The first cases are read while the networks are loaded.
-    with sampler, InOrder(run, jobs, settings.jobs) as records:
-        with _told(loaded):
+    report: RunReport | None = None
+    records = InOrder(run, jobs, settings.jobs)
+    try:
+        # The first cases are read while the networks are loaded.
+        with sampler, records, _told(loaded):
             # Not `device`: a card that was not asked for by name may be left for the CPU.
             cascade = Cascade.load(
                 settings.device, engine=settings.engine, threads=settings.threads, weights=settings.weights
             )
-            report = RunReport(cascade.engine, cascade.weights.sha256, settings.options)
+            report = RunReport(cascade.engine, cascade.weights.sha256, settings.options, planned=len(jobs))
             report.warnings += cascade.faults
             for line in cascade.faults:
-                print(f"fastorgan: warning: {line}", file=sys.stderr, flush=True)
+                warn(f"warning: {line}")
             report.load_seconds = time.perf_counter() - begun
             if sampler.samples:
                 report.gpu_at_start_mib = sampler.samples[0].device_mib
             if settings.report is not None:
                 # Where it cannot be written, this is the time to say so.
                 report.write(settings.report)
-        loaded.set_result(cascade)
-        for number, (job, record) in enumerate(_with_progress(zip(jobs, records, strict=True), len(jobs)), 1):
-            report.cases.append(record)
-            _tell(record, job, number, len(jobs))
-            if settings.report is not None:
+            loaded.set_result(cascade)
+            for number, (job, record) in enumerate(_with_progress(zip(jobs, records, strict=True), len(jobs)), 1):
+                report.cases.append(record)
+                _tell(record, job, number, len(jobs))
+                if settings.report is not None:
+                    # Should the disk be full, the cases go on, and the last report says so.
+                    with suppress(FastorganError):
+                        report.write(settings.report)
+    except BaseException:
+        if report is not None and settings.report is not None:
+            # An interrupt comes while cases are under way; those have ended by now.
+            report.cases += records.left()
+            with suppress(FastorganError):
                 report.write(settings.report)
+        raise
     report.memory = sampler.peak
     report.total_seconds = time.perf_counter() - begun
     if settings.report is not None:
@@ -171,7 +190,8 @@ def _told(promised: Future[Cascade]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        promised.set_exception(error)
+        if not promised.done():
+            promised.set_exception(error)
         raise
 
 
@@ -182,9 +202,12 @@ def _run_case(loaded: Future[Cascade], job: Job, sampler: MemorySampler, setting
         try:
             if job.obstacle is not None:
                 raise VolumeError(f"{job.source}: {job.obstacle}")
+            if settings.resume and is_done(job, settings):
+                there = f"{job.source}: its labels are there already"
+                return CaseRecord(str(job.source), Status.SKIPPED, str(job.target), error=there)
             timer = StageTimer()
             with timer.stage("read"):
-                image = load_image(job.source)
+                image = load_image(job.source, settings.max_voxels)
                 volume = read_volume(image, str(job.source))
             with timer.stage("wait"):
                 cascade = loaded.result()
@@ -237,6 +260,23 @@ def judged(organs: dict[str, OrganMeasure], found: Segmentation) -> dict[str, Or
     }
 
 
+def is_done(job: Job, settings: Settings) -> bool:
+    """Whether a case's labels are there from an earlier run: of the input's shape and not older than it.
+
+    Labels take their name only when they are whole, so that what an interrupted run left is never taken for them.
+    """
+    try:
+        labels = load_image(job.target, settings.max_voxels)
+        if job.target.stat().st_mtime_ns < job.source.stat().st_mtime_ns:
+            return False
+        if labels.shape != load_image(job.source, settings.max_voxels).shape:
+            return False
+    except (OSError, VolumeError):
+        # Whatever is the matter, the case itself will tell.
+        return False
+    return not settings.preview or _preview_path(job).exists()
+
+
 def warnings_for(found: Segmentation, organs: dict[str, OrganMeasure]) -> list[str]:
     """What a user should know about a result before trusting it, one line each."""
     lines = list(found.faults)
@@ -268,10 +308,14 @@ def _write_preview(job: Job, volume: Volume, found: Segmentation) -> list[str]:
 
     try:
         picture = draw_preview(volume, found.labels, case=case_name(job.source), roi=found.roi.box)
-        save_preview(picture, job.target.with_name(f"{case_name(job.target)}.png"))
+        save_preview(picture, _preview_path(job))
     except FastorganError as error:
         return [f"no picture: {error}"]
     return []
+
+
+def _preview_path(job: Job) -> Path:
+    return job.target.with_name(f"{case_name(job.target)}.png")
 
 
 def _is_folder(path: Path) -> bool:
@@ -312,15 +356,18 @@ def _tell(record: CaseRecord, job: Job, number: int, total: int) -> None:
 
         writer = tqdm.external_write_mode()
     with writer:
+        if record.status is Status.SKIPPED:
+            say(f"[{number}/{total}] {job.target}: skipped, its labels are there already")
+            return
         if record.organs is None:
-            print(f"fastorgan: {record.error}", file=sys.stderr, flush=True)
+            warn(str(record.error))
             return
         volumes = ", ".join(f"{organ.name} {record.organs[organ.name].volume_ml:.0f} ml" for organ in ORGANS)
-        print(f"[{number}/{total}] {job.target}: {volumes}; {record.total_seconds:.2f} s", flush=True)
+        say(f"[{number}/{total}] {job.target}: {volumes}; {record.total_seconds:.2f} s")
         for line in record.warnings:
-            print(f"fastorgan: warning: {job.source}: {line}", file=sys.stderr, flush=True)
+            warn(f"warning: {job.source}: {line}")
 
 
 def _unforeseen(job: Job, error: Exception) -> str:
     text = " ".join(str(error).split())
-    return f"{job.source}: failed unexpectedly ({type(error).__name__}: {text}); --debug shows where"
+    return printable(f"{job.source}: failed unexpectedly ({type(error).__name__}: {text}); --debug shows where")

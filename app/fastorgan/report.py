@@ -107,7 +107,7 @@ class CaseRecord:
     Attributes:
         input: the input file's name.
         status: how it ended.
-        output: the output file's name; None where nothing was written.
+        output: the output file's name; None where there is none.
         error: one line, for a failed or skipped case why.
         warnings: one line each.
         device: name of the processor or card that ran the networks; None where none ran.
@@ -209,6 +209,7 @@ class RunReport:
         engine: what ran the networks.
         weights: SHA-256 in hexadecimal digits by name of the weights file.
         options: the command's options by name; values that JSON does not know are written as text.
+        planned: how many cases the run set out to do; None if that is not known.
         started: when the run began, with its time zone.
         load_seconds: wall seconds until the networks were ready, imports included; None if they were not.
         warnings: one line each, about the run as a whole, such as a card that was left for the CPU.
@@ -221,6 +222,7 @@ class RunReport:
     engine: Engine
     weights: Mapping[str, str]
     options: Mapping[str, object]
+    planned: int | None = None
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     load_seconds: float | None = None
     warnings: list[str] = field(default_factory=list)
@@ -252,6 +254,7 @@ class RunReport:
             "total_seconds": _rounded(self.total_seconds, 4),
             "memory": _memory(self.memory) | {"gpu_at_start_mib": _rounded(self.gpu_at_start_mib, 1)},
             "warnings": list(self.warnings),
+            "planned": self.planned,
             "counts": {status.value: statuses.count(status) for status in Status},
             "cases": [case.to_dict() for case in self.cases],
         }
