@@ -48,6 +48,26 @@ COPY docker/entrypoint.sh predict.sh /build/
 # Modes for any user, whatever umask the checkout had.
 RUN install -m 755 /build/entrypoint.sh /staging/bin/entrypoint.sh && install -D -m 755 /build/predict.sh /workspace/predict.sh
 
+# What each image holds, for whoever must know when a weakness is found: CycloneDX, in the image at
+# /opt/fastorgan/share/sbom.cdx.json. The tool that lists it stays out.
+FROM deps AS lister
+COPY docker/requirements-sbom.txt docker/sbom.py /build/
+RUN python3 -m venv /opt/lister && /opt/lister/bin/pip install -r /build/requirements-sbom.txt
+COPY --from=app /staging /opt/fastorgan
+COPY docker/list.sh /build/
+
+FROM lister AS sbom-cpu
+COPY --from=deps-cpu /opt/fastorgan /opt/fastorgan
+RUN sh /build/list.sh
+
+FROM lister AS sbom-gpu
+COPY --from=deps-gpu-stripped /opt/fastorgan /opt/fastorgan
+RUN sh /build/list.sh
+
+FROM lister AS sbom-train
+COPY --from=deps-train /opt/fastorgan /opt/fastorgan
+RUN sh /build/list.sh
+
 FROM ${BASE} AS runtime
 # The official images come without byte code of the standard library, and every start would compile it anew. Where it
 # is there, this does nothing.
@@ -77,16 +97,19 @@ ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility CUDA_C
 FROM cuda AS train
 COPY --from=deps-train /opt/fastorgan /opt/fastorgan
 COPY --from=app /staging /opt/fastorgan
+COPY --from=sbom-train /sbom.cdx.json /opt/fastorgan/share/sbom.cdx.json
 COPY --from=app /workspace /workspace
 COPY training /workspace/training
 
 FROM cuda AS gpu
 COPY --from=deps-gpu-stripped /opt/fastorgan /opt/fastorgan
 COPY --from=app /staging /opt/fastorgan
+COPY --from=sbom-gpu /sbom.cdx.json /opt/fastorgan/share/sbom.cdx.json
 COPY --from=app /workspace /workspace
 
 # Last, so that it is what `docker build .` makes.
 FROM runtime AS cpu
 COPY --from=deps-cpu /opt/fastorgan /opt/fastorgan
 COPY --from=app /staging /opt/fastorgan
+COPY --from=sbom-cpu /sbom.cdx.json /opt/fastorgan/share/sbom.cdx.json
 COPY --from=app /workspace /workspace

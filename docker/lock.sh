@@ -25,3 +25,5 @@ lock requirements-train.txt --constraint docker/requirements-gpu.txt --extra gpu
     pyproject.toml
 python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")' |
     lock requirements-build.txt -
+# What lists the images' contents; it stays out of them.
+echo "cyclonedx-bom>=7.5,<8" | lock requirements-sbom.txt -

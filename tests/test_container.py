@@ -225,6 +225,21 @@ def test_the_image_holds_what_inference_needs_and_no_more() -> None:
     assert size < LIMIT_BYTES
 
 
+def test_the_image_lists_what_it_holds() -> None:
+    sbom = json.loads(_docker("run", "--rm", *CLOSED, IMAGE, "cat", "/opt/fastorgan/share/sbom.cdx.json").stdout)
+    assert sbom["bomFormat"] == "CycloneDX"
+    listed = {part["name"]: part for part in sbom["components"]}
+    source = "import importlib.metadata as m; print(*(f'{d.name}=={d.version}' for d in m.distributions()))"
+    installed = _docker("run", "--rm", *CLOSED, IMAGE, "/opt/fastorgan/bin/python", "-c", source).stdout.split()
+    assert len(installed) > 5
+    for name, version in (entry.split("==") for entry in installed):
+        assert listed[name]["version"] == version
+    query = ("dpkg-query", "--show", "--showformat", "${Package}\n")
+    debian = _docker("run", "--rm", *CLOSED, IMAGE, *query).stdout.split()
+    assert "libc6" in debian
+    assert {*debian, "python", "organs.bin"} <= listed.keys()
+
+
 def test_python_finds_byte_code_for_all_that_a_run_imports() -> None:
     # -v tells of each module whose byte code is missing or stale that it was made from source.
     source = "import fastorgan.predict, fastorgan.preview, fastorgan.phantom, openvino, tqdm, pynvml"

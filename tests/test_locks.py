@@ -34,7 +34,7 @@ def test_the_build_backend_is_locked_to_a_version_that_the_project_allows() -> N
         assert locked[canonicalize_name(requirement.name)] in requirement.specifier
 
 
-@pytest.mark.parametrize("target", [*EXTRAS, "build"])
+@pytest.mark.parametrize("target", [*EXTRAS, "build", "sbom"])
 def test_every_locked_package_has_hashes_and_none_a_host(target: str) -> None:
     text = _text(target)
     entries = re.split(r"\n(?=\S)", text.strip())
