@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from fastorgan.errors import FastorganError
 from fastorgan.labels import ORGANS, Organ
 
-from . import accuracy, doubts, efficiency, ranking, sample, timing
+from . import accuracy, doubts, efficiency, performance, ranking, sample, timing
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_time(commands)
     _add_sample(commands)
     _add_doubts(commands)
+    performance.add_commands(commands)
     args = parser.parse_args(argv)
     try:
         code: int = args.run(args)
