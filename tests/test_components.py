@@ -6,7 +6,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from fastorgan.components import largest_components, largest_group
+from fastorgan.components import label, largest_components, largest_group
 
 masks = hnp.arrays(bool, st.tuples(*[st.integers(1, 8)] * 3))
 
@@ -17,6 +17,44 @@ def row(*pieces: tuple[int, int], length: int = 60) -> NDArray[np.bool_]:
     for start, stop in pieces:
         mask[..., start:stop] = True
     return mask
+
+
+# Pieces
+
+
+@given(mask=masks)
+def test_pieces_are_scipys(mask: NDArray[np.bool_]) -> None:
+    pieces, sizes = label(mask)
+    expected, count = ndimage.label(mask)
+    assert np.array_equal(pieces, expected)
+    assert sizes.tolist() == [0, *np.bincount(expected.ravel(), minlength=count + 1)[1:]]
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.35, 0.6, 0.97])
+def test_pieces_of_noise_are_scipys(share: float) -> None:
+    mask = np.random.default_rng(0).random((40, 50, 60)) < share
+    assert np.array_equal(label(mask)[0], ndimage.label(mask)[0])
+    turned = mask.transpose(2, 0, 1)
+    assert np.array_equal(label(turned)[0], ndimage.label(turned)[0])
+
+
+def test_a_spiral_is_one_piece() -> None:
+    # Every run of it but the ends touches two others far away in number.
+    mask = np.zeros((1, 41, 41), bool)
+    mask[0, ::2] = True
+    mask[0, 1::4, -1] = mask[0, 3::4, 0] = True
+    assert label(mask)[1].tolist() == [0, mask.sum()]
+    assert label(mask.transpose(0, 2, 1))[1].tolist() == [0, mask.sum()]
+
+
+@given(mask=masks, reach=st.tuples(*[st.integers(0, 4)] * 3))
+def test_groups_are_those_of_a_widened_mask(mask: NDArray[np.bool_], reach: tuple[int, int, int]) -> None:
+    near = ndimage.maximum_filter(mask, size=[2 * r + 1 for r in reach], mode="constant")
+    groups, count = ndimage.label(near)
+    sizes = np.bincount(groups[mask], minlength=count + 1)
+    expected = mask & (groups == sizes.argmax()) if mask.any() else mask
+    bridge = (2.0 * reach[0], 2.0 * reach[1], 2.0 * reach[2])
+    assert np.array_equal(largest_group(mask, (1.0, 1.0, 1.0), bridge), expected)
 
 
 # Groups

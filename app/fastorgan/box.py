@@ -42,8 +42,8 @@ class Box:
         return cls((0.0, 0.0, 0.0), (float(z), float(y), float(x)))
 
 
-def extent_mm(mask: NDArray[np.bool_], voxel: tuple[float, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """First and last edge of a mask's foreground in mm from the array's corner, per axis.
+def extent(mask: NDArray[np.bool_]) -> tuple[slice, ...]:
+    """The smallest box of voxels that holds a mask's foreground, as slices.
 
     Raises:
         ValueError: if the mask is empty.
@@ -51,8 +51,18 @@ def extent_mm(mask: NDArray[np.bool_], voxel: tuple[float, ...]) -> tuple[NDArra
     if not mask.any():
         raise ValueError("an empty mask has no extent")
     spans = [np.flatnonzero(mask.any(axis=tuple(a for a in range(3) if a != axis))) for axis in range(3)]
-    start = np.array([s[0] for s in spans], float) * voxel
-    stop = np.array([s[-1] + 1 for s in spans], float) * voxel
+    return tuple(slice(int(span[0]), int(span[-1]) + 1) for span in spans)
+
+
+def extent_mm(mask: NDArray[np.bool_], voxel: tuple[float, ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """First and last edge of a mask's foreground in mm from the array's corner, per axis.
+
+    Raises:
+        ValueError: if the mask is empty.
+    """
+    box = extent(mask)
+    start = np.array([span.start for span in box], float) * voxel
+    stop = np.array([span.stop for span in box], float) * voxel
     return start, stop
 
 
