@@ -133,13 +133,12 @@ def _add_phantom(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def _predict(options: argparse.Namespace) -> int:
     from .nifti import MAX_VOXELS
+    from .predict import Settings, plan_jobs, run_batch
+    from .report import Status
 
     # OpenVINO imports its model converter where it finds it, which takes longer than all the rest of it. Nothing in
     # this process wants the converter.
     sys.modules.setdefault("openvino.tools.ovc", None)  # type: ignore[arg-type]
-    from .predict import Settings, plan_jobs, run_batch
-    from .report import Status
-
     shown = {key: value for key, value in vars(options).items() if key != "run"}
     settings = Settings(
         options.device,
