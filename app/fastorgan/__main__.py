@@ -108,6 +108,11 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="cases worked on at a time, so that one is read or written while another is segmented; each holds its "
         "scan in memory (default: 2)",
     )
+    predict.add_argument(
+        "--cluster",
+        metavar="ADDRESS",
+        help="work on a Ray cluster: local, auto or ray://HOST:PORT; a worker for each GPU or every --threads cores",
+    )
     predict.add_argument("--weights", metavar="DIR", type=Path, help="other weights than the released ones")
     predict.add_argument("--report", metavar="FILE", type=Path, help="write a run report (JSON)")
     predict.add_argument("--preview", action="store_true", help="write a picture (PNG) beside each label file")
@@ -153,7 +158,13 @@ def _predict(options: argparse.Namespace) -> int:
         options.resume,
         options.max_voxels or MAX_VOXELS,
     )
-    report = run_batch(plan_jobs(options.inputs, options.output), settings)
+    jobs = plan_jobs(options.inputs, options.output)
+    if options.cluster is None:
+        report = run_batch(jobs, settings)
+    else:
+        from .cluster import run_on_cluster
+
+        report = run_on_cluster(jobs, settings, options.cluster)
     return 2 if any(case.status is Status.FAILED for case in report.cases) else 0
 
 

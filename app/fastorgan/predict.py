@@ -141,7 +141,7 @@ def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
     loaded: Future[Cascade] = Future()
 
     def run(job: Job) -> CaseRecord:
-        return _run_case(loaded, job, sampler, settings)
+        return run_case(loaded, job, sampler, settings)
 
     report: RunReport | None = None
     records = InOrder(run, jobs, settings.jobs)
@@ -163,13 +163,7 @@ def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
                 # Where it cannot be written, this is the time to say so.
                 report.write(settings.report)
             loaded.set_result(cascade)
-            for number, (job, record) in enumerate(_with_progress(zip(jobs, records, strict=True), len(jobs)), 1):
-                report.cases.append(record)
-                _tell(record, job, number, len(jobs))
-                if settings.report is not None:
-                    # Should the disk be full, the cases go on, and the last report says so.
-                    with suppress(FastorganError):
-                        report.write(settings.report)
+            note_cases(report, jobs, records, settings)
     except BaseException:
         if report is not None and settings.report is not None:
             # An interrupt comes while cases are under way; those have ended by now.
@@ -184,6 +178,24 @@ def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
     return report
 
 
+def note_cases(report: RunReport, jobs: Sequence[Job], records: Iterable[CaseRecord], settings: Settings) -> None:
+    """Say how each case ended as soon as its record is there, and keep it in the report.
+
+    Args:
+        report: is added to, and written where `settings` says so.
+        jobs: all cases.
+        records: of the cases, in the order of `jobs`.
+        settings: of the run.
+    """
+    for number, (job, record) in enumerate(_with_progress(zip(jobs, records, strict=True), len(jobs)), 1):
+        report.cases.append(record)
+        _tell(record, job, number, len(jobs))
+        if settings.report is not None:
+            # Should the disk be full, the cases go on, and the last report says so.
+            with suppress(FastorganError):
+                report.write(settings.report)
+
+
 @contextmanager
 def _told(promised: Future[Cascade]) -> Iterator[None]:
     """Tell those who wait for what the block makes that it will not come, where the block fails."""
@@ -195,7 +207,18 @@ def _told(promised: Future[Cascade]) -> Iterator[None]:
         raise
 
 
-def _run_case(loaded: Future[Cascade], job: Job, sampler: MemorySampler, settings: Settings) -> CaseRecord:
+def run_case(loaded: Future[Cascade], job: Job, sampler: MemorySampler, settings: Settings) -> CaseRecord:
+    """Segment one case and write what it is asked for; a case that fails has a record that says so.
+
+    Args:
+        loaded: the networks, waited for when the case is read.
+        job: the case.
+        sampler: entered.
+        settings: of the run.
+
+    Raises:
+        Exception: any unforeseen one, with `settings.debug` only.
+    """
     begun = time.perf_counter()
     caught: tuple[type[Exception], ...] = (FastorganError,) if settings.debug else (Exception,)
     with sampler.window() as window:
