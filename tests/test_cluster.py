@@ -207,6 +207,7 @@ def test_the_command_survives_a_killed_worker(
         os.kill(workers[0].pid, signal.SIGKILL)
         output, errors = process.communicate(timeout=300)
     assert process.returncode == 0, errors
+    # No half-written file of the killed worker either.
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{name}.nii.gz" for name in names]
     stored = json.loads((tmp_path / "run.json").read_text())
     assert [Path(case["input"]).name for case in stored["cases"]] == [f"{name}_0000.nii.gz" for name in names]

@@ -270,6 +270,7 @@ def test_the_report_holds_the_options(inputs: Path) -> None:
         "engine": "auto",
         "threads": 2,
         "jobs": 2,
+        "cluster": None,
         "weights": None,
         "report": str(report),
         "preview": False,
