@@ -45,8 +45,19 @@ def test_the_box_counts_from_the_part_that_the_net_saw() -> None:
     # 50 samples over the last 250 mm of each axis: 5 mm each; organs from 250 + 50 to 250 + 100 mm.
     seen = Box((50, 50, 50), (100, 100, 100))
     roi = locate(mask(cube(10, 20)), seen, SHAPE, SPACING)
-    # 280 to 370 mm with the margin, grown about 325 mm to 180, 200 and 300 mm; in voxels of 5 mm.
-    assert roi.box == Box((47, 45, 35), (83, 85, 95))
+    # 280 to 370 mm with the margin, grown about 325 mm to 180, 200 and 300 mm. Along z the net saw nothing before
+    # 250 mm, so that the box is 250 to 430 mm there; in voxels of 5 mm.
+    assert roi.box == Box((50, 45, 35), (86, 85, 95))
+
+
+def test_padding_above_and_below_the_body_is_not_in_the_box() -> None:
+    # The body spans 100 to 300 mm of 500 along z, 5 mm a sample; organs from 120 to 290 mm: with the margin 100 to 310.
+    seen = Box((20, 0, 0), (60, 100, 100))
+    foreground = np.zeros((40, 100, 100), bool)
+    foreground[4:38, 20:80, 20:80] = True
+    roi = locate(foreground, seen, SHAPE, SPACING)
+    # In plane the box may reach beyond the body: 100 to 400 mm and 20 on both sides.
+    assert roi.box == Box((20, 16, 16), (60, 84, 84))
 
 
 def scan(hu: NDArray[np.int16], spacing: tuple[float, float, float]) -> Volume:

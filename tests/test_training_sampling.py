@@ -25,7 +25,7 @@ from tests.synthetic_cache import anatomy, as_roi, cached, one_thread
 from training.cache import CachedVolume, cache_case
 from training.cases import Case
 from training.recipes import Augmentation
-from training.sampling import OrganSampler, RoiSampler, Scan, centred, recolour, rotation, smooth_enlarge
+from training.sampling import Ends, OrganSampler, RoiSampler, Scan, centred, recolour, rotation, smooth_enlarge
 
 SMALL = (24, 32, 48)
 CPU = torch.device("cpu")
@@ -33,6 +33,7 @@ CPU = torch.device("cpu")
 STILL = Augmentation(
     face_mm=0,
     cut=0,
+    padded=0,
     turn_degrees=0,
     stretch=0,
     bend_mm=0,
@@ -227,7 +228,8 @@ def ellipsoid_scan() -> CachedVolume:
 def test_turns_are_rigid_in_mm() -> None:
     source = ellipsoid_scan()
     sampler = OrganSampler((64, 80, 96), replace(STILL, turn_degrees=15), np.random.default_rng(5))
-    low, high = sampler._box(source)
+    view = sampler._view(source)
+    low, high = view.low, view.high
     voxel = (high - low) / sampler.size
     expected = 4 / 3 * math.pi * 40 * 50 * 110 / 1000
     turned = 0
@@ -312,6 +314,39 @@ def test_what_lies_outside_the_cached_array_is_unknown() -> None:
     assert target.shape == (1, *SMALL)
 
 
+def test_air_lies_beyond_the_ends_of_a_padded_scan() -> None:
+    # Organs from end to end, 160 mm: the box wants more, and finds it in the air.
+    codes = np.ones((20, 28, 40), np.uint8)
+    scan = scan_of(cached(codes, (8.0, 8.0, 8.0)))
+    sampler = OrganSampler(SMALL, replace(STILL, padded=1.0, tilt_degrees=0.0), np.random.default_rng(3))
+    reached = 0
+    for _ in range(10):
+        view = sampler._view(scan.source)
+        assert view.ends is not None
+        assert (view.ends.floor, view.ends.roof) == (0.0, 160.0)
+        sampler._view = lambda _, view=view: view  # type: ignore[method-assign,misc]
+        image, target = sampler.draw(scan)
+        del sampler._view
+        z = view.low[0] + (np.arange(SMALL[0]) + 0.5) * (view.high[0] - view.low[0]) / SMALL[0]
+        beyond = (z < 0) | (z > 160)
+        reached += int(beyond.sum())
+        assert not levels(image)[0, 0][beyond].any()
+        assert not target[0][beyond].any()
+        assert bool((levels(image)[0, 0][~beyond] > 0).all())
+    assert reached > 10
+
+
+def test_the_ends_of_a_padded_scan_lean() -> None:
+    # At the centre the planes lie at 20 and 80 mm; 50 mm to the right they have risen by 10 mm, 30 mm to the front
+    # they have sunk by 6 mm.
+    ends = Ends(20.0, 80.0, (-0.2, 0.2), 95.0)
+    points = torch.tensor([[-31, 0, 0], [-29, 0, 0], [-22, 0, 50], [-18, 0, 50], [-37, 30, 0], [-35, 30, 0],
+                           [29, 0, 0], [31, 0, 0], [46, 0, 250], [44, 0, 250]], dtype=torch.float32)  # fmt: skip
+    air = ends.beyond(points[None, None], np.array([50.0, 0.0, 0.0]))
+    assert air.shape == (1, 1, 1, 1, 10)
+    assert air.flatten().tolist() == [True, False, True, False, True, False, False, True, True, False]
+
+
 def test_unknown_voxels_stay_unknown() -> None:
     codes = anatomy((30, 40, 60))
     codes[:, :20] = IGNORE
@@ -367,11 +402,13 @@ def test_a_box_is_never_empty_nor_outside_its_scan(
     )  # fmt: skip
     sampler = OrganSampler((16, 16, 16), replace(Augmentation(), face_mm=12.0, cut=0.8), np.random.default_rng(seed))
     for _ in range(3):
-        low, high = sampler._box(source)
+        view = sampler._view(source)
+        low, high = view.low, view.high
+        reach = np.zeros(3) if view.ends is None else np.array([Augmentation().padding_mm, 0, 0])
         assert np.isfinite(low).all()
         assert (high - low > 0.1).all()
-        assert (low > -1e-6).all()
-        assert (high < scan_mm + 1e-6).all()
+        assert (low > -reach - 1e-6).all()
+        assert (high < scan_mm + reach + 1e-6).all()
     image, target = sampler.draw(scan_of(source))
     assert image.isfinite().all()
     assert target.shape == (1, 16, 16, 16)

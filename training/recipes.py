@@ -12,6 +12,9 @@ class Augmentation:
     Attributes:
         face_mm: error of each face of the organs' extent before it is framed.
         cut: chance that the scan is cut short at one or both ends (z); a fifth of it at the sides (x).
+        padded: chance that air lies beyond the scan's ends (z), as in grids that were resampled or padded.
+        padding_mm: upper limit of that air above and below.
+        tilt_degrees: lean of the planes in which such a scan ends, about x and about y.
         turn_degrees: rotation about z; half of it about the other axes.
         stretch: relative scale error per axis.
         bend_mm: displacement of the knots of a random field, about 40 mm apart, before it is smoothed.
@@ -24,6 +27,9 @@ class Augmentation:
 
     face_mm: float = 7.0
     cut: float = 0.35
+    padded: float = 0.25
+    padding_mm: float = 60.0
+    tilt_degrees: float = 8.0
     turn_degrees: float = 8.0
     stretch: float = 0.08
     bend_mm: float = 5.0

@@ -62,8 +62,8 @@ class OrganSampler:
 
     def draw(self, scan: Scan) -> tuple[Tensor, Tensor]:
         """One sample of `scan`."""
-        low, high = self._box(scan.source)
-        grid = self._grid(scan, low, high)
+        view = self._view(scan.source)
+        grid, air = self._grid(scan, view)
         image = scan.image[None, None].float()
         unit = nn_sample(image, grid, "bilinear", "border") / LEVELS
         # One is added so that the zeros outside the array can be told from background.
@@ -72,19 +72,29 @@ class OrganSampler:
         if self.augmentation is not None:
             organs = torch.where(codes < CLASSES, codes, 0)
             unit = recolour(unit, self.augmentation, self.random, organs)
+        if air is not None:
+            unit = unit.masked_fill(air, 0.0)
+            codes = codes.masked_fill(air[:, 0], 0)
         return centred(unit), codes
 
-    def _box(self, source: CachedVolume) -> tuple[Vector, Vector]:
-        """First and last edge of the sample in mm from the scan's corner."""
+    def _view(self, source: CachedVolume) -> "View":
+        """Frame the organs as inference does, in a scan that may be cut and may have air beyond its ends."""
         start, stop = source.organs_mm
-        floor, roof = np.zeros(3), source.scan_mm.copy()
-        if self.augmentation is not None:
-            floor, roof = self._cut(source)
-            start = np.clip(start, floor, roof - 10) + self.random.normal(0, self.augmentation.face_mm, 3)
-            stop = np.clip(stop, floor + 10, roof) + self.random.normal(0, self.augmentation.face_mm, 3)
-            start, stop = np.minimum(start, stop - 20), np.maximum(stop, start + 20)
-        box = frame(start - floor, stop - floor, tuple(roof - floor), (1.0, 1.0, 1.0))
-        return np.asarray(box.start) + floor, np.asarray(box.stop) + floor
+        if self.augmentation is None:
+            return View(*_framed(start, stop, np.zeros(3), source.scan_mm))
+        floor, roof = self._cut(source)
+        start = np.clip(start, floor, roof - 10) + self.random.normal(0, self.augmentation.face_mm, 3)
+        stop = np.clip(stop, floor + 10, roof) + self.random.normal(0, self.augmentation.face_mm, 3)
+        start, stop = np.minimum(start, stop - 20), np.maximum(stop, start + 20)
+        if self.random.random() >= self.augmentation.padded:
+            return View(*_framed(start, stop, floor, roof))
+        # The axis of the scan's slices leans from the patient's, as that of a tilted gantry does.
+        lean = np.tan(np.radians(self.random.normal(0, self.augmentation.tilt_degrees, 2)))
+        reach = self.random.uniform(0, self.augmentation.padding_mm) * np.array([1.0, 0.0, 0.0])
+        box = _framed(start, stop, floor - reach, roof + reach)
+        return View(
+            *box, Ends(float(floor[0]), float(roof[0]), (float(lean[0]), float(lean[1])), float(source.scan_mm[0]))
+        )
 
     def _cut(self, source: CachedVolume) -> tuple[Vector, Vector]:
         """Ends of a scan that shows only part of the organs, in mm (z, y, x)."""
@@ -102,9 +112,10 @@ class OrganSampler:
                     roof[axis] = stop[axis] - gone * (1 - share)
         return floor, roof
 
-    def _grid(self, scan: Scan, low: Vector, high: Vector) -> Tensor:
-        """Where in the cached array each voxel of the sample lies, in torch's [-1, 1] (x, y, z)."""
+    def _grid(self, scan: Scan, view: "View") -> tuple[Tensor, Tensor | None]:
+        """Where in the cached array each voxel of the sample lies, in torch's [-1, 1] (x, y, z), and which are air."""
         device = scan.image.device
+        low, high = view.low, view.high
         half = (high - low) / 2
         matrix = np.diag(half)
         if self.augmentation is not None:
@@ -119,11 +130,54 @@ class OrganSampler:
             bends = self.random.normal(0, self.augmentation.bend_mm, (1, 3, *knots)).astype(np.float32)
             field = smooth_enlarge(torch.from_numpy(bends).to(device), self.size)
             points = points + field[0].permute(1, 2, 3, 0)
-        centre = (low + high) / 2 - scan.source.origin_mm
+        centre = (low + high) / 2
+        air = None if view.ends is None else view.ends.beyond(points, centre)
+        centre = centre - scan.source.origin_mm
         cached_mm = scan.source.spacing * scan.source.image.shape
         shift = torch.as_tensor(centre * 2 / cached_mm - 1, dtype=torch.float32, device=device)
         factor = torch.as_tensor(2 / cached_mm, dtype=torch.float32, device=device)
-        return (points * factor + shift).flip(-1)[None]
+        return (points * factor + shift).flip(-1)[None], air
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Where a scan ends along z, with air beyond.
+
+    Attributes:
+        floor, roof: in mm from the scan's corner, on the axis through the sample's centre.
+        lean: slope of the two planes, mm along z for each mm along y and x.
+        height: mm of the whole scan, beyond which nothing was scanned either.
+    """
+
+    floor: float
+    roof: float
+    lean: tuple[float, float]
+    height: float
+
+    def beyond(self, points: Tensor, centre: Vector) -> Tensor:
+        """Which points (D, H, W, 3), in mm from `centre`, are air: (1, 1, D, H, W)."""
+        z = points[..., 0] + float(centre[0])
+        straight = z - points[..., 1] * self.lean[0] - points[..., 2] * self.lean[1]
+        return ((straight < self.floor) | (straight > self.roof) | (z < 0) | (z > self.height))[None, None]
+
+
+@dataclass(frozen=True)
+class View:
+    """What a sample shows of a scan: its first and last edge in mm from the scan's corner (z, y, x).
+
+    Attributes:
+        low, high: the edges.
+        ends: of a scan with air beyond; None where what lies beyond was not seen, by the network as by the scanner.
+    """
+
+    low: Vector
+    high: Vector
+    ends: Ends | None = None
+
+
+def _framed(start: Vector, stop: Vector, floor: Vector, roof: Vector) -> tuple[Vector, Vector]:
+    box = frame(start - floor, stop - floor, tuple(roof - floor), (1.0, 1.0, 1.0))
+    return np.asarray(box.start) + floor, np.asarray(box.stop) + floor
 
 
 class RoiSampler:

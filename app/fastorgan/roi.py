@@ -63,7 +63,8 @@ def locate(
 ) -> Roi:
     """Find the organs' box from the ROI net's foreground.
 
-    Takes the largest group of foreground pieces (`BRIDGE_MM`) and frames it (`box.frame`). Where that group is
+    Takes the largest group of foreground pieces (`BRIDGE_MM`) and frames it (`box.frame`). The box ends where the
+    body does along z: slices of padding are no more to be seen than slices that were never scanned. Where the group is
     implausibly small (`LEAST_FOREGROUND_ML`, `LEAST_EXTENT_MM`), the whole volume is the box and `fallback` says why.
 
     Args:
@@ -80,5 +81,8 @@ def locate(
     start, stop = extent_mm(group, voxel)
     if (stop - start).min() < LEAST_EXTENT_MM:
         return Roi(Box.whole(shape), f"organs found at low resolution are only {(stop - start).min():.0f} mm thick")
-    corner = np.multiply(seen.start, spacing)
-    return Roi(frame(corner + start, corner + stop, shape, spacing))
+    below = np.array([seen.start[0], 0.0, 0.0])
+    corner = np.multiply(seen.start - below, spacing)
+    box = frame(corner + start, corner + stop, (round(seen.size[0]), *shape[1:]), spacing)
+    (z0, y0, x0), (z1, y1, x1) = box.start + below, box.stop + below
+    return Roi(Box((float(z0), float(y0), float(x0)), (float(z1), float(y1), float(x1))))
