@@ -183,7 +183,7 @@ def test_what_stops_a_run_is_one_line_and_2(
 def test_an_empty_folder_is_one_line_and_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", str(tmp_path), str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == (
-        f"fastorgan: {tmp_path}: holds no CT volume (.nii.gz, .nii, .hdr, .img, .mha, .nrrd)\n"
+        f"fastorgan: {tmp_path}: holds no CT volume (.nii.gz, .nii, .hdr, .img, .mha, .nrrd, or DICOM slices)\n"
     )
 
 
@@ -276,6 +276,9 @@ def test_the_report_holds_the_options(inputs: Path) -> None:
         "preview": False,
         "resume": False,
         "max_voxels": None,
+        "series": None,
+        "dicom_seg": False,
+        "grand_challenge": None,
         "debug": False,
     }
 

@@ -851,3 +851,82 @@ def test_warnings_go_to_standard_error_with_the_files_name(
         "no organ was found; is this a CT of the abdomen, in HU?",
     ]
     assert len(said.out.splitlines()) == 1
+
+
+# DICOM
+
+
+@pytest.fixture
+def study(folders: Folders) -> Path:
+    """The CT as a series of slices in a folder of its own."""
+    pytest.importorskip("highdicom", reason="DICOM needs the extra dicom")
+    from tests.dicom_series import write_series
+
+    hu = np.asarray(folders.image.dataobj).transpose(2, 1, 0)[:, ::-1, ::-1]
+    write_series(folders.inputs / "study", hu, spacing=(5, 5, 5), origin=(0, 0, 0))
+    return folders.inputs / "study"
+
+
+def labels_of(folders: Folders) -> NDArray[Any]:
+    """What the cascade finds, on the grid of the slices."""
+    return np.asarray(folders.cascade.segment(folders.image).dataobj)[::-1, ::-1]
+
+
+def test_a_folder_of_slices_becomes_labels_and_a_dicom_seg(folders: Folders, study: Path) -> None:
+    report = folders.run([study], dicom_seg=True)
+    assert folders.written() == ["study.nii.gz", "study.seg.dcm"]
+    written: Any = nib.load(folders.outputs / "study.nii.gz")
+    assert np.array_equal(np.asarray(written.dataobj), labels_of(folders))
+    assert written.affine.tolist() == [[-5, 0, 0, 0], [0, -5, 0, 0], [0, 0, 5, 0], [0, 0, 0, 1]]
+    (case,) = report.cases
+    assert (case.input, case.status, case.shape) == (str(study), Status.DONE, (60, 50, 40))
+
+
+def test_a_series_may_have_a_label_file_of_any_name(folders: Folders, study: Path) -> None:
+    folders.run([study], folders.outputs / "labels.nii", dicom_seg=True)
+    assert folders.written() == ["labels.nii", "labels.seg.dcm"]
+
+
+def test_a_series_that_is_done_is_left_out(folders: Folders, study: Path) -> None:
+    folders.run([study])
+    assert folders.run([study], resume=True).cases[0].status is Status.SKIPPED
+    # The DICOM SEG is not there yet.
+    assert folders.run([study], resume=True, dicom_seg=True).cases[0].status is Status.DONE
+    assert folders.run([study], resume=True, dicom_seg=True).cases[0].status is Status.SKIPPED
+    os.utime(study / "IM0003.dcm", (2e9, 2e9))
+    assert folders.run([study], resume=True).cases[0].status is Status.DONE
+
+
+def test_what_is_unusual_about_a_series_is_a_warning(folders: Folders, study: Path) -> None:
+    (study / "IM0020.dcm").unlink()
+    (case,) = folders.run([study], dicom_seg=True).cases
+    assert case.warnings[0] == "1 of 40 slices are missing (number 21); filled in from their neighbours"
+    assert case.shape == (60, 50, 40)
+
+
+def test_a_broken_series_among_others_is_named_and_the_others_are_done(folders: Folders, study: Path) -> None:
+    folders.put("X_0000.nii.gz")
+    slice_ = study / "IM0007.dcm"
+    slice_.write_bytes(slice_.read_bytes()[:-100])
+    report = folders.run([study, folders.inputs / "X_0000.nii.gz"], dicom_seg=True)
+    broken, whole = report.cases
+    assert broken.error is not None
+    assert broken.error.startswith(f"{slice_}: its voxels cannot be read")
+    assert whole.warnings[-1] == "not a DICOM series, so there is no DICOM SEG"
+    assert folders.written() == ["X.nii.gz"]
+
+
+def test_several_series_in_a_folder_need_a_choice(folders: Folders, study: Path) -> None:
+    from tests.dicom_series import write_series
+
+    write_series(study / "thin", np.zeros((4, 6, 5), np.int16), number=8)
+    with pytest.raises(VolumeError, match="holds 2 series; choose by --series"):
+        plan_jobs([study], folders.outputs)
+    (job,) = plan_jobs([study], folders.outputs, series="8")
+    assert (job.name, job.target) == ("thin", folders.outputs / "thin.nii.gz")
+    assert [job.name for job in plan_jobs([study], folders.outputs, series="all")] == ["study", "thin"]
+    # Of several inputs, the others are done.
+    first, other = plan_jobs([study, study / "thin"], folders.outputs)
+    assert first.obstacle is not None
+    assert first.obstacle.startswith("holds 2 series")
+    assert other.obstacle is None

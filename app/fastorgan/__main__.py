@@ -9,10 +9,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from . import __version__
 from .console import say, warn
-from .errors import FastorganError
+from .errors import FastorganError, VolumeError
+
+if TYPE_CHECKING:
+    from .predict import Job
 
 EXIT_CODES = """\
 exit codes:
@@ -91,12 +95,15 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         help="segment CT volumes",
         description="Segment CT volumes in HU: NIfTI (.nii.gz, .nii, .hdr with .img), MetaImage (.mha), NRRD (.nrrd).\n"
         "X_0000.nii.gz, X.nii.gz, X.mha and so on become X.nii.gz with the labels 1 liver, 2 kidney, 3 spleen,\n"
-        "4 pancreas on the input's own grid.",
+        "4 pancreas on the input's own grid. A folder of DICOM slices becomes FOLDER.nii.gz.",
         epilog="examples:\n  fastorgan predict inputs/ outputs/ --report run.json\n"
-        f"  fastorgan predict ct.nii.gz labels.nii.gz --device cpu\n\n{EXIT_CODES}",
+        "  fastorgan predict ct.nii.gz labels.nii.gz --device cpu\n"
+        f"  fastorgan predict study/ outputs/ --series 4 --dicom-seg\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    predict.add_argument("inputs", metavar="INPUT", nargs="+", type=Path, help="files, or folders of files")
+    predict.add_argument(
+        "inputs", metavar="INPUT", nargs="+", type=Path, help="files, or folders of files or DICOM slices"
+    )
     predict.add_argument("output", metavar="OUTPUT", type=Path, help="folder; for a single file also a label file")
     predict.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     predict.add_argument("--engine", default="auto", help="auto, openvino or torch (default: auto)")
@@ -116,6 +123,17 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     predict.add_argument("--weights", metavar="DIR", type=Path, help="other weights than the released ones")
     predict.add_argument("--report", metavar="FILE", type=Path, help="write a run report (JSON)")
     predict.add_argument("--preview", action="store_true", help="write a picture (PNG) beside each label file")
+    predict.add_argument(
+        "--series", metavar="S", help="which DICOM series of a folder: its number, the ending of its UID, or all"
+    )
+    predict.add_argument(
+        "--dicom-seg", action="store_true", help="write a DICOM SEG beside the label file of a DICOM series"
+    )
+    predict.add_argument(
+        "--grand-challenge",
+        metavar="SOCKET",
+        help="read INPUT/images/ct/*.mha and write OUTPUT/images/SOCKET/*.mha, as grand-challenge.org does",
+    )
     predict.add_argument("--resume", action="store_true", help="leave out the cases whose labels are there already")
     predict.add_argument(
         "--max-voxels", metavar="N", type=_positive, help="refuse larger volumes (default: 2147483648)"
@@ -138,7 +156,7 @@ def _add_phantom(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def _predict(options: argparse.Namespace) -> int:
     from .nifti import MAX_VOXELS
-    from .predict import Settings, plan_jobs, run_batch
+    from .predict import Settings, run_batch
     from .report import Status
 
     # OpenVINO imports its model converter where it finds it, which takes longer than all the rest of it. Nothing in
@@ -157,8 +175,11 @@ def _predict(options: argparse.Namespace) -> int:
         shown,
         options.resume,
         options.max_voxels or MAX_VOXELS,
+        options.dicom_seg,
     )
-    jobs = plan_jobs(options.inputs, options.output)
+    jobs = _jobs(options)
+    if options.dicom_seg and not any(job.series for job in jobs):
+        raise VolumeError("--dicom-seg needs a folder of DICOM slices as input")
     if options.cluster is None:
         report = run_batch(jobs, settings)
     else:
@@ -166,6 +187,19 @@ def _predict(options: argparse.Namespace) -> int:
 
         report = run_on_cluster(jobs, settings, options.cluster)
     return 2 if any(case.status is Status.FAILED for case in report.cases) else 0
+
+
+def _jobs(options: argparse.Namespace) -> "list[Job]":
+    from .predict import plan_jobs
+
+    if options.grand_challenge is None:
+        return plan_jobs(options.inputs, options.output, series=options.series)
+    from .grand_challenge import SUFFIX, image_folders
+
+    if len(options.inputs) > 1:
+        raise VolumeError("--grand-challenge takes one input folder, usually /input")
+    inputs, output = image_folders(options.inputs[0], options.output, options.grand_challenge)
+    return plan_jobs([inputs], output, suffix=SUFFIX)
 
 
 def _phantom(options: argparse.Namespace) -> int:

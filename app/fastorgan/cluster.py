@@ -195,7 +195,7 @@ class Cluster:
         Raises:
             ClusterError: if all workers are gone and none comes back.
         """
-        shared = [_absolute(job) for job in jobs]
+        shared = [job.absolute() for job in jobs]
         waiting = deque(range(len(jobs)))
         deaths = [0] * len(jobs)
         finished: dict[int, CaseRecord] = {}
@@ -309,10 +309,6 @@ class Cluster:
         hand.ready = True
         self._stillborn = 0
         return facts
-
-
-def _absolute(job: Job) -> Job:
-    return replace(job, source=job.source.absolute(), target=job.target.absolute())
 
 
 def _as_given(record: CaseRecord, job: Job) -> CaseRecord:

@@ -9,7 +9,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import FastorganError, VolumeError
+from .nifti import MAX_VOXELS, check_size
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -123,6 +124,10 @@ class Series:
         """Where its first file lies."""
         return self.slices[0].path.parent
 
+    def absolute(self) -> "Series":
+        """The series with files that do not depend on the working folder."""
+        return replace(self, slices=tuple(replace(part, path=part.path.absolute()) for part in self.slices))
+
     def describe(self) -> str:
         """Number, description, count and voxel size, in a few words."""
         first = self.slices[0]
@@ -137,6 +142,11 @@ class Series:
     def step_mm(self) -> float:
         """The usual distance of a slice from the next, in mm, along the normal."""
         return round(float(np.median(np.diff(self._heights()))), 4) if len(self.slices) > 1 else math.nan
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Voxels (i, j, k) of the volume; raises as `places`."""
+        return *self.slices[0].size, int(self.places()[-1]) + 1
 
     def places(self) -> NDArray[np.intp]:
         """Index along k of each slice; a number left out is a missing slice.
@@ -210,21 +220,22 @@ class Series:
             lines.append("slices have no rescale slope; their values were taken for HU")
         return lines
 
-    def load(self) -> nib.Nifti1Image:
+    def load(self, max_voxels: int = MAX_VOXELS) -> nib.Nifti1Image:
         """Read all slices into one image in HU, int16 where that holds them, else float32.
 
         Missing slices are interpolated linearly between their neighbours; padding becomes air.
 
+        Args:
+            max_voxels: more are refused.
+
         Raises:
-            VolumeError: as `affine`, or if a slice's voxels cannot be read.
+            VolumeError: as `affine`, if a slice's voxels cannot be read, or they are too many.
         """
         affine, places = self.affine(), self.places()
         whole = all(float(number).is_integer() for s in self.slices for number in s.scale or ())
-        columns, rows = self.slices[0].size
-        try:
-            stack = np.empty((int(places[-1]) + 1, rows, columns), np.int16 if whole else np.float32)
-        except MemoryError as error:
-            raise VolumeError(f"{self.folder}: {len(self.slices)} slices cannot be read into memory") from error
+        dtype = np.dtype(np.int16 if whole else np.float32)
+        check_size(self.shape, dtype, self.folder, max_voxels)
+        stack = np.empty(self.shape[::-1], dtype)
         for k, part in zip(places, self.slices, strict=True):
             _read_slice(part, stack[k])
         for k, after in pairwise(places):
@@ -277,14 +288,15 @@ def choose(found: Sequence[Series], choice: str | None, folder: Path) -> list[Se
 
     Args:
         found: the folder's series, at least one.
-        choice: a series number, a series UID or its ending, or "all"; None is fine where there is one series only.
+        choice: a series number, a series UID or its ending, or "all", which leaves out single slices; None is fine
+            where there is one series only.
         folder: stands in error messages.
 
     Raises:
         VolumeError: if no series is meant, or several are by anything else than "all".
     """
     if choice == "all":
-        return list(found)
+        return [s for s in found if len(s.slices) > 1] or list(found)
     meant = found
     if choice is not None:
         meant = [s for s in found if str(s.slices[0].number) == choice]

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import nibabel as nib
 
@@ -34,16 +34,41 @@ from .volume import (
     save_image,
 )
 
+if TYPE_CHECKING:
+    from .dicom import Series
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One case: its CT, where its labels go, and why it cannot be done, if that is known beforehand."""
+    """One case.
+
+    Attributes:
+        source: its CT; of a DICOM series the folder.
+        target: where its labels go.
+        obstacle: why it cannot be done, if that is known beforehand.
+        series: the DICOM slices; None for a CT that is a single file.
+    """
 
     source: Path
     target: Path
     obstacle: str | None = None
+    series: "Series | None" = None
+
+    @property
+    def name(self) -> str:
+        """What the case is called."""
+        return case_name(self.source) if self.series is None else self.series.name
+
+    def absolute(self) -> "Job":
+        """The case under names that do not depend on the working folder."""
+        series = None if self.series is None else self.series.absolute()
+        return replace(self, source=self.source.absolute(), target=self.target.absolute(), series=series)
+
+    def open(self, max_voxels: int) -> nib.Nifti1Image:
+        """The CT, in memory where it is a DICOM series; raises as `load_image` and `Series.load`."""
+        return load_image(self.source, max_voxels) if self.series is None else self.series.load(max_voxels)
 
 
 @dataclass(frozen=True)
@@ -55,6 +80,7 @@ class Settings:
         jobs: how many cases are worked on at a time; one is read or written while another is segmented. Each holds
             its scan in memory.
         report: where the run report goes, if anywhere.
+        dicom_seg: whether a DICOM SEG (NAME.seg.dcm) is written beside the labels of a DICOM series.
         preview: whether a PNG is written beside each label file.
         resume: leave out the cases whose labels are there; see `is_done`.
         max_voxels: larger volumes are refused.
@@ -73,44 +99,59 @@ class Settings:
     options: dict[str, object] = field(default_factory=dict)
     resume: bool = False
     max_voxels: int = MAX_VOXELS
+    dicom_seg: bool = False
 
 
-def plan_jobs(inputs: Sequence[Path], output: Path) -> list[Job]:
+def plan_jobs(inputs: Sequence[Path], output: Path, *, series: str | None = None, suffix: str = ".nii.gz") -> list[Job]:
     """Say which label file each CT gets: X_0000.nii.gz, X.nii.gz, X.mha and so on become X.nii.gz.
 
     Args:
-        inputs: files, or folders whose volumes are taken in the order of their names.
-        output: a folder; or the label file itself, for a single input file.
+        inputs: files, or folders whose volumes are taken in the order of their names; a folder without any, but with
+            DICOM slices in or below it, is their series.
+        output: a folder; or the label file itself, for a single input.
+        series: which of several DICOM series is meant; see `dicom.choose`.
+        suffix: of the label files in a folder.
 
     Raises:
-        VolumeError: if a folder holds no volume or cannot be read.
+        VolumeError: if the only input is a folder that holds no volume, or several series without a choice, or cannot
+            be read. Of several inputs, such a folder is a case with an obstacle.
+        DicomError: if it holds DICOM but pydicom is not installed.
     """
-    sources: list[Path] = []
+    found: list[Job] = []
     for path in inputs:
-        sources += _volumes_in(path) if _is_folder(path) else [path]
-    if (
-        len(inputs) == 1
-        and not _is_folder(inputs[0])
-        and output.name.endswith(OUTPUT_SUFFIXES)
-        and not _is_folder(output)
-    ):
+        if not _is_folder(path):
+            found.append(Job(path, output))
+        elif volumes := _volumes_in(path):
+            found += [Job(volume, output) for volume in volumes]
+        else:
+            try:
+                found += [Job(scan.folder, output, series=scan) for scan in _series_in(path, series)]
+            except VolumeError as error:
+                if len(inputs) == 1:
+                    raise
+                found.append(Job(path, output, str(error).removeprefix(f"{path}: ")))
+    sources = [job.source for job in found]
+    single = len(found) == len(inputs) == 1 and (found[0].series is not None or found[0].source == inputs[0])
+    if single and output.name.endswith(OUTPUT_SUFFIXES) and not _is_folder(output):
         targets = [output]
     else:
-        targets = [output / f"{case_name(source)}.nii.gz" for source in sources]
+        targets = [output / f"{job.name}{suffix}" for job in found]
     # Not Path.resolve, which a link to itself makes raise.
     taken = {os.path.realpath(source): source for source in sources}
     given: dict[str, Path] = {}
     jobs = []
-    for source, target in zip(sources, targets, strict=True):
-        obstacle = None
+    for job, target in zip(found, targets, strict=True):
+        obstacle = job.obstacle
         place = os.path.realpath(target)
-        if place in taken:
+        if obstacle is not None:
+            pass
+        elif place in taken:
             obstacle = f"its labels would overwrite the input {taken[place]}; choose another output folder"
         elif place in given:
             obstacle = f"its labels would overwrite those of {given[place]}; give the two different names"
         else:
-            given[place] = source
-        jobs.append(Job(source, target, obstacle))
+            given[place] = job.source
+        jobs.append(replace(job, target=target, obstacle=obstacle))
     return jobs
 
 
@@ -230,7 +271,7 @@ def run_case(loaded: Future[Cascade], job: Job, sampler: MemorySampler, settings
                 return CaseRecord(str(job.source), Status.SKIPPED, str(job.target), error=there)
             timer = StageTimer()
             with timer.stage("read"):
-                image = load_image(job.source, settings.max_voxels)
+                image = job.open(settings.max_voxels)
                 volume = read_volume(image, str(job.source))
             with timer.stage("wait"):
                 cascade = loaded.result()
@@ -239,8 +280,11 @@ def run_case(loaded: Future[Cascade], job: Job, sampler: MemorySampler, settings
             spacing = tuple(float(s) for s in nib.affines.voxel_sizes(image.affine))
             organs = judged(measure(found.labels, (spacing[0], spacing[1], spacing[2])), found)
             with timer.stage("write"):
+                # Labels come last: where they are, all is there.
+                said = _write_segmentation(job, found, settings)
                 save_image(label_image(found.labels, image), job.target)
-            warnings = [*volume.warnings, *warnings_for(found, organs)]
+            noted = [] if job.series is None else job.series.warnings()
+            warnings = [*noted, *volume.warnings, *warnings_for(found, organs), *said]
             if settings.preview:
                 with timer.stage("preview"):
                     warnings += _write_preview(job, volume, found)
@@ -290,12 +334,16 @@ def is_done(job: Job, settings: Settings) -> bool:
     """
     try:
         labels = load_image(job.target, settings.max_voxels)
-        if job.target.stat().st_mtime_ns < job.source.stat().st_mtime_ns:
-            return False
-        if labels.shape != load_image(job.source, settings.max_voxels).shape:
+        if job.series is None:
+            newest, shape = job.source.stat().st_mtime_ns, load_image(job.source, settings.max_voxels).shape
+        else:
+            newest, shape = max(part.path.stat().st_mtime_ns for part in job.series.slices), job.series.shape
+        if job.target.stat().st_mtime_ns < newest or labels.shape != shape:
             return False
     except (OSError, VolumeError):
         # Whatever is the matter, the case itself will tell.
+        return False
+    if settings.dicom_seg and job.series is not None and not _segmentation_path(job).exists():
         return False
     return not settings.preview or _preview_path(job).exists()
 
@@ -330,11 +378,26 @@ def _write_preview(job: Job, volume: Volume, found: Segmentation) -> list[str]:
     from .preview import draw_preview, save_preview
 
     try:
-        picture = draw_preview(volume, found.labels, case=case_name(job.source), roi=found.roi.box)
+        picture = draw_preview(volume, found.labels, case=job.name, roi=found.roi.box)
         save_preview(picture, _preview_path(job))
     except FastorganError as error:
         return [f"no picture: {error}"]
     return []
+
+
+def _write_segmentation(job: Job, found: Segmentation, settings: Settings) -> list[str]:
+    """Write the DICOM SEG where it is asked for; returns what is to be said of it."""
+    if not settings.dicom_seg:
+        return []
+    if job.series is None:
+        return ["not a DICOM series, so there is no DICOM SEG"]
+    from .dicom_seg import save_segmentation
+
+    return save_segmentation(found.labels, job.series, _segmentation_path(job))
+
+
+def _segmentation_path(job: Job) -> Path:
+    return job.target.with_name(f"{case_name(job.target)}.seg.dcm")
 
 
 def _preview_path(job: Job) -> Path:
@@ -356,9 +419,16 @@ def _volumes_in(folder: Path) -> list[Path]:
         files = sorted(p for p in folder.iterdir() if p.name.endswith(suffixes) and not p.name.startswith("."))
     except OSError as error:
         raise VolumeError(f"{folder}: cannot be read ({error.strerror or error})") from error
-    if not files:
-        raise VolumeError(f"{folder}: holds no CT volume ({', '.join(INPUT_SUFFIXES)})")
     return files
+
+
+def _series_in(folder: Path, choice: str | None) -> "list[Series]":
+    from .dicom import choose, find_series
+
+    found = find_series(folder)
+    if not found:
+        raise VolumeError(f"{folder}: holds no CT volume ({', '.join(INPUT_SUFFIXES)}, or DICOM slices)")
+    return choose(found, choice, folder)
 
 
 def _with_progress(done: Iterable[T], total: int) -> Iterator[T]:
