@@ -19,7 +19,7 @@ from training.cases import DataError
 
 ROOT = Path(__file__).parents[1]
 
-COMMANDS = ("prepare", "fit", "export")
+COMMANDS = ("prepare", "fit", "export", "left-out")
 
 
 @pytest.fixture(scope="module", autouse=True)

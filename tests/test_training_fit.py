@@ -469,6 +469,13 @@ def test_a_run_on_more_cases_is_not_resumed(cache: Path, tmp_path: Path) -> None
         Run(organs(smaller, tmp_path / "run", steps=5))
 
 
+def test_a_run_that_left_other_patients_out_is_not_resumed(cache: Path, tmp_path: Path) -> None:
+    Run(organs(cache, tmp_path, steps=1, fold=(0, 3))).fit()
+    assert read_checkpoint(tmp_path / CHECKPOINT, CPU)["left_out"] == ["p0"]
+    with pytest.raises(DataError, match="left other patients out"):
+        Run(organs(cache, tmp_path, steps=2, fold=(1, 3)))
+
+
 def test_a_damaged_checkpoint_is_named(cache: Path, tmp_path: Path) -> None:
     plan = organs(cache, tmp_path, steps=1)
     Run(plan).fit()

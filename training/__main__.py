@@ -96,6 +96,18 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", type=Path, default=Path("weights"), help="folder of released weights")
     export.add_argument("--version", required=True, help="of the weights, for the manifest")
     export.set_defaults(run=_export)
+
+    left_out = commands.add_parser(
+        "left-out",
+        help="segment the patients that a run of `fit --fold` left out, to be scored",
+        epilog="example: python -m training left-out --run runs/fold0 --data DATA --out runs/left-out\n"
+        "then:    python -m evaluation score runs/left-out DATA/labels",
+        formatter_class=_HELP,
+    )
+    left_out.add_argument("--run", type=Path, required=True, dest="folder", help="folder of the run")
+    left_out.add_argument("--data", type=Path, required=True, help="folder that the cache was prepared from")
+    left_out.add_argument("--out", type=Path, required=True, help="folder for the labels; all folds may share it")
+    left_out.set_defaults(run=_left_out)
     return parser
 
 
@@ -156,6 +168,15 @@ def _export(options: argparse.Namespace) -> int:
 
     difference = export(options.network, options.folder / CHECKPOINT, options.out, options.version)
     print(f"{options.out}: {options.network} exported; engines differ by at most {difference:.2e} of the logits' SD")
+    return 0
+
+
+def _left_out(options: argparse.Namespace) -> int:
+    _need_torch()
+    from .left_out import segment_left_out
+
+    for case in segment_left_out(options.folder, options.data, options.out):
+        print(options.out / f"{case.name}.nii.gz", flush=True)
     return 0
 
 

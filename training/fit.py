@@ -138,6 +138,7 @@ class Run:
         torch.manual_seed(plan.seed)
         volumes = load_cache(plan.data, plan.network)
         left_out = split_fold([v.patient for v in volumes], *plan.fold) if plan.fold else set()
+        self.left_out = sorted(left_out)
         train = [v for v in volumes if v.patient not in left_out]
         if not train:
             raise DataError(f"{plan.data}: every patient is left out; nothing to train on")
@@ -333,6 +334,7 @@ class Run:
             "recipe": {**dataclasses.asdict(self.plan.recipe)},
             "variant": self.plan.variant,
             "kind": self.plan.network,
+            "left_out": self.left_out,
         }
         write_checkpoint(state, self.plan.out / CHECKPOINT)
 
@@ -370,6 +372,8 @@ class Run:
             raise DataError(f"{self.plan.out}: holds a run of another preset; choose another --out")
         if any(index >= len(self.train) for index in state["order"]):
             raise DataError(f"{self.plan.out}: holds a run on more cases; choose another --out")
+        if state.get("left_out", self.left_out) != self.left_out:
+            raise DataError(f"{self.plan.out}: holds a run that left other patients out; choose another --out")
         self.network.load_state_dict(state["network"])
         self.average.state = state["average"]
         self.optimiser.load_state_dict(state["optimiser"])
