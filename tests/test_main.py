@@ -57,7 +57,17 @@ def test_help_is_printed(arguments: list[str], capsys: pytest.CaptureFixture[str
     assert said.out.startswith("usage: fastorgan ")
     assert said.err == ""
     if arguments[0] == "predict":
-        for option in ("INPUT", "OUTPUT", "--device", "--engine", "--threads", "--weights", "--report", "--preview"):
+        for option in (
+            "INPUT",
+            "OUTPUT",
+            "--device",
+            "--engine",
+            "--threads",
+            "--weights",
+            "--report",
+            "--preview",
+            "--split",
+        ):
             assert option in said.out
     if arguments[0] != "phantom":
         assert "exit codes:\n  0 " in said.out
@@ -274,6 +284,9 @@ def test_the_report_holds_the_options(inputs: Path) -> None:
         "weights": None,
         "report": str(report),
         "preview": False,
+        "split": False,
+        "statistics": None,
+        "label_tables": False,
         "resume": False,
         "max_voxels": None,
         "series": None,

@@ -18,6 +18,7 @@ from fastorgan.box import Box
 from fastorgan.cascade import Cascade, Segmentation
 from fastorgan.errors import DeviceError, FastorganError, VolumeError, WeightsError
 from fastorgan.labels import ORGANS
+from fastorgan.outputs import Outputs
 from fastorgan.plausibility import Evidence
 from fastorgan.predict import Job, Settings, case_name, judged, plan_jobs, run_batch, warnings_for
 from fastorgan.report import OrganMeasure, RunReport, Status
@@ -388,7 +389,7 @@ def test_an_interrupt_ends_the_batch_and_keeps_the_report(
 
 def test_a_preview_lies_beside_its_labels(folders: Folders) -> None:
     folders.put("a_0000.nii.gz")
-    report = folders.run(preview=True)
+    report = folders.run(outputs=Outputs(preview=True))
     assert folders.written() == ["a.nii.gz", "a.png"]
     assert (folders.outputs / "a.png").read_bytes().startswith(b"\x89PNG")
     assert list(report.cases[0].seconds) == ["read", "wait", "roi", "organs", "restore", "check", "write", "preview"]

@@ -21,7 +21,8 @@ from fastorgan.volume import load_image, read_volume, save_image
 LIVER, KIDNEY, SPLEEN, PANCREAS = ORGANS
 SHAPE, SPACING = (60, 50, 20), (4.0, 5.0, 8.0)  # x, y, z; the body fills 240 x 250 x 160 mm
 # The panels in the order of drawing.
-AXIAL_LIVER, AXIAL_KIDNEY, CORONAL, AXIAL_SPLEEN, AXIAL_PANCREAS, SAGITTAL = range(6)
+AXIAL_LIVER, CORONAL, SAGITTAL = range(3)
+AXIAL_KIDNEY, AXIAL_SPLEEN, AXIAL_PANCREAS = 3, 6, 9
 
 
 def nifti(data: NDArray[np.generic], orientation: str = "RAS") -> nib.Nifti1Image:
@@ -104,9 +105,9 @@ def test_the_head_is_up_and_the_front_left_in_long_views() -> None:
 
 def test_contours_lie_where_the_voxels_are() -> None:
     picture = drawn(two_boxes())
-    # The axial view is 240 mm wide and 250 mm high, so 420 px are 250 mm; it is centred in 560 px.
-    zoom = 420 / 250
-    start = (560 - round(240 * zoom)) / 2
+    # The axial view is 240 mm wide and 250 mm high, so the panel's height is 250 mm; it is centred.
+    zoom = PANEL[1] / 250
+    start = (PANEL[0] - round(240 * zoom)) / 2
     top, bottom, left, right = extent(panel(picture, AXIAL_LIVER), LIVER.colour)
     assert left == pytest.approx(start + (240 - 212) * zoom, abs=2)
     assert right == pytest.approx(start + (240 - 152) * zoom, abs=2)
@@ -151,8 +152,8 @@ def test_only_the_body_is_shown() -> None:
     codes[20:40, 20:36, 5:15] = LIVER.code
     picture = draw_preview(read_volume(nifti(air), "air"), codes, case="air")
     top, bottom, _, _ = extent(panel(picture, AXIAL_LIVER), LIVER.colour)
-    # 125 mm and 6 mm of room above and below, in voxels of 5 mm, are 29 voxels in 420 px.
-    assert bottom - top == pytest.approx(80 * 420 / (29 * 5), abs=4)
+    # 125 mm and 6 mm of room above and below, in voxels of 5 mm, are 29 voxels in the panel's height.
+    assert bottom - top == pytest.approx(80 * PANEL[1] / (29 * 5), abs=4)
 
 
 def test_the_window_is_the_one_of_the_networks() -> None:
@@ -179,7 +180,7 @@ def test_missing_organs_are_listed(texts: list[str]) -> None:
 def test_empty_labels_make_a_picture_without_organs(texts: list[str]) -> None:
     picture = drawn(np.zeros(SHAPE, np.uint8))
     assert texts.count("not found") == 4
-    for number in range(6):
+    for number in range(12):
         pixels = panel(picture, number)
         for organ in ORGANS:
             assert not (pixels == organ.colour).all(axis=2).any()
@@ -204,8 +205,8 @@ def test_the_box_is_drawn_in_voxels_of_the_volume() -> None:
     codes = two_boxes()
     plain, boxed = drawn(codes), drawn(codes, roi=box)
     changed = np.nonzero((panel(plain, AXIAL_LIVER) != panel(boxed, AXIAL_LIVER)).any(axis=2))
-    zoom = 420 / 250
-    start = (560 - round(240 * zoom)) / 2
+    zoom = PANEL[1] / 250
+    start = (PANEL[0] - round(240 * zoom)) / 2
     assert changed[0].min() == pytest.approx((250 - 200) * zoom, abs=1.5)
     assert changed[0].max() == pytest.approx((250 - 75) * zoom, abs=1.5)
     assert changed[1].min() == pytest.approx(start + (240 - 180) * zoom, abs=1.5)
@@ -309,3 +310,27 @@ def test_without_pillow_the_error_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(FastorganError, match="Pillow"):
         draw_preview(volume, two_boxes(), case="water")
+
+
+def test_each_row_shows_its_organ_in_three_planes() -> None:
+    codes = np.zeros(SHAPE, np.uint8)
+    # Four organs that share no slice in any direction.
+    for number, organ in enumerate(ORGANS):
+        codes[
+            5 + 14 * number : 15 + 14 * number, 4 + 11 * number : 12 + 11 * number, 1 + 5 * number : 4 + 5 * number
+        ] = organ.code
+    picture = drawn(codes)
+    for row, organ in enumerate(ORGANS):
+        for plane in range(3):
+            pixels = panel(picture, 3 * row + plane)
+            shown = [other.name for other in ORGANS if (pixels == other.colour).all(axis=2).any()]
+            assert shown == [organ.name]
+
+
+def test_an_organ_without_a_voxel_lends_its_row_to_the_others() -> None:
+    codes = two_boxes()
+    codes[:, :, 9:11] = np.where(codes[:, :, 8:9] > 0, codes[:, :, 8:9], 0)
+    picture = drawn(codes)
+    for plane in range(3):
+        pixels = panel(picture, 3 * 3 + plane)  # the pancreas' row
+        assert any((pixels == organ.colour).all(axis=2).any() for organ in (LIVER, SPLEEN))

@@ -170,6 +170,7 @@ def test_a_case_that_is_done() -> None:
             },
             "kidney": {"volume_ml": 0.0, "touches_border": False, "confidence": None, "doubts": []},
         },
+        "statistics": None,
         "seconds": {"read": 1.2346, "organs": 0.0},
         "total_seconds": 2.0001,
         "device": "NVIDIA TITAN X",

@@ -22,6 +22,7 @@ from scipy.spatial.transform import Rotation
 
 from fastorgan.box import Box
 from fastorgan.errors import VolumeError
+from fastorgan.label_tables import names_extension
 from fastorgan.restore import restore_labels
 from fastorgan.volume import OBLIQUE_DEGREES, FileGrid, Volume, label_image, load_image, read_volume, save_image
 
@@ -34,6 +35,9 @@ DIM, DATATYPE, BITPIX, PIXDIM = (40, "8h"), (70, "h"), (72, "h"), (76, "8f")
 VOX_OFFSET, SLOPE, INTER, CODES = (108, "f"), (112, "f"), (116, "f"), (252, "2h")
 GEOMETRY = slice(252, 328)
 """Both codes, the quaternion, its offsets and the sform's rows."""
+
+EXTENSION_SIZE = 8 + len(names_extension().get_content())
+"""Bytes of the extension that names the labels, before the voxels."""
 
 Write = Callable[[Path], None]
 
@@ -648,7 +652,7 @@ def test_labels_have_the_scans_geometry_to_the_bit(
     assert field(target, DATATYPE) == (2,)
     assert field(target, BITPIX) == (8,)
     assert after[112:120] == struct.pack("<2f", 1.0, 0.0), "slope and intercept"
-    assert field(target, VOX_OFFSET) == (352.0,)
+    assert field(target, VOX_OFFSET) == (352.0 + EXTENSION_SIZE,)
     written = loaded(target)
     assert np.array_equal(written.affine, load_image(source).affine)
     assert np.array_equal(np.asarray(written.dataobj), labels_for(image))
@@ -670,7 +674,7 @@ def test_nifti_2_labels_are_nifti_2(tmp_path: Path) -> None:
     assert after[104:168] == before[104:168], "pixdim"
     assert after[176:192] == struct.pack("<2d", 1.0, 0.0), "slope and intercept"
     assert after[344:500] == before[344:500], "codes, quaternion, sform, slices' codes and units"
-    assert after[544:] == labels_for(load_image(source)).tobytes(order="F")
+    assert after[544 + EXTENSION_SIZE :] == labels_for(load_image(source)).tobytes(order="F")
 
 
 def test_big_endian_scans_get_the_same_geometry(tmp_path: Path) -> None:
@@ -708,8 +712,8 @@ def test_texts_and_extensions_stay_behind(tmp_path: Path) -> None:
     write_labels(source, target)
     content = target.read_bytes()
     assert b"Jane" not in content
-    assert content[348:352] == bytes(4)
-    assert len(content) == 352 + 60
+    assert content[348:352] == bytes([1, 0, 0, 0])
+    assert len(content) == 352 + EXTENSION_SIZE + 60
     assert struct.unpack_from("<2f", content, 124) == (0.0, 0.0)
 
 

@@ -123,6 +123,13 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     predict.add_argument("--weights", metavar="DIR", type=Path, help="other weights than the released ones")
     predict.add_argument("--report", metavar="FILE", type=Path, help="write a run report (JSON)")
     predict.add_argument("--preview", action="store_true", help="write a picture (PNG) beside each label file")
+    predict.add_argument("--split", action="store_true", help="write one mask per organ as well, in a folder per case")
+    predict.add_argument(
+        "--statistics", metavar="FILE", type=Path, help="write volume, HU and box of each organ (.csv or .json)"
+    )
+    predict.add_argument(
+        "--label-tables", action="store_true", help="write the labels' colours for 3D Slicer and ITK-SNAP"
+    )
     predict.add_argument(
         "--series", metavar="S", help="which DICOM series of a folder: its number, the ending of its UID, or all"
     )
@@ -156,6 +163,7 @@ def _add_phantom(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def _predict(options: argparse.Namespace) -> int:
     from .nifti import MAX_VOXELS
+    from .outputs import Outputs
     from .predict import Settings, run_batch
     from .report import Status
 
@@ -170,7 +178,7 @@ def _predict(options: argparse.Namespace) -> int:
         options.weights,
         options.jobs,
         options.report,
-        options.preview,
+        Outputs(options.preview, options.split, options.statistics, options.label_tables),
         options.debug,
         shown,
         options.resume,

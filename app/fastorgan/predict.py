@@ -20,6 +20,7 @@ from .in_order import InOrder
 from .labels import ORGANS
 from .monitor import MemorySampler, StageTimer
 from .nifti import MAX_VOXELS
+from .outputs import FinishedCase, Outputs
 from .plausibility import doubts
 from .report import CaseRecord, OrganMeasure, RoiBox, RunReport, Status, measure
 from .runtime import resolve_device
@@ -32,6 +33,7 @@ from .volume import (
     make_folder,
     read_volume,
     save_image,
+    stem,
 )
 
 if TYPE_CHECKING:
@@ -81,7 +83,7 @@ class Settings:
             its scan in memory.
         report: where the run report goes, if anywhere.
         dicom_seg: whether a DICOM SEG (NAME.seg.dcm) is written beside the labels of a DICOM series.
-        preview: whether a PNG is written beside each label file.
+        outputs: what is written besides labels and report.
         resume: leave out the cases whose labels are there; see `is_done`.
         max_voxels: larger volumes are refused.
         debug: let unforeseen errors through with their traceback.
@@ -94,7 +96,7 @@ class Settings:
     weights: Path | None = None
     jobs: int = 2
     report: Path | None = None
-    preview: bool = False
+    outputs: Outputs = field(default_factory=Outputs)
     debug: bool = False
     options: dict[str, object] = field(default_factory=dict)
     resume: bool = False
@@ -157,12 +159,7 @@ def plan_jobs(inputs: Sequence[Path], output: Path, *, series: str | None = None
 
 def case_name(path: Path) -> str:
     """The case that a CT file stands for: its name without its suffix and without the channel _0000."""
-    name = path.name
-    for suffix in INPUT_SUFFIXES:
-        if name.endswith(suffix):
-            name = name.removesuffix(suffix)
-            break
-    return name.removesuffix("_0000") or name
+    return stem(path).removesuffix("_0000") or stem(path)
 
 
 def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
@@ -176,9 +173,11 @@ def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
     device = resolve_device(settings.device, settings.engine)
     # The sampler starts before CUDA does, so that its first reading is what the device held without this run.
     sampler = MemorySampler(int(device.removeprefix("cuda:")) if device != "cpu" else None)
-    for folder in sorted({job.target.parent for job in jobs}):
+    folders = sorted({job.target.parent for job in jobs})
+    for folder in folders:
         make_folder(folder)
         remove_abandoned(folder)
+    settings.outputs.begin(folders)
     loaded: Future[Cascade] = Future()
 
     def run(job: Job) -> CaseRecord:
@@ -206,16 +205,20 @@ def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
             loaded.set_result(cascade)
             note_cases(report, jobs, records, settings)
     except BaseException:
-        if report is not None and settings.report is not None:
+        if report is not None:
             # An interrupt comes while cases are under way; those have ended by now.
             report.cases += records.left()
             with suppress(FastorganError):
-                report.write(settings.report)
+                if settings.report is not None:
+                    report.write(settings.report)
+        with suppress(FastorganError):
+            settings.outputs.end(report, sampler.samples)
         raise
     report.memory = sampler.peak
     report.total_seconds = time.perf_counter() - begun
     if settings.report is not None:
         report.write(settings.report)
+    settings.outputs.end(report, sampler.samples)
     return report
 
 
@@ -285,9 +288,8 @@ def run_case(loaded: Future[Cascade], job: Job, sampler: MemorySampler, settings
                 save_image(label_image(found.labels, image), job.target)
             noted = [] if job.series is None else job.series.warnings()
             warnings = [*noted, *volume.warnings, *warnings_for(found, organs), *said]
-            if settings.preview:
-                with timer.stage("preview"):
-                    warnings += _write_preview(job, volume, found)
+            case = FinishedCase(job.name, job.target, image, volume, found.labels, found.roi.box)
+            extra = settings.outputs.of_case(case)
         except caught as error:
             text = str(error) if isinstance(error, FastorganError) else _unforeseen(job, error)
             if isinstance(error, DeviceError):
@@ -304,13 +306,14 @@ def run_case(loaded: Future[Cascade], job: Job, sampler: MemorySampler, settings
         str(job.source),
         Status.DONE,
         str(job.target),
-        warnings=warnings,
+        warnings=[*warnings, *extra.warnings],
         device=found.device,
         shape=volume.grid.shape,
         spacing=(spacing[0], spacing[1], spacing[2]),
         roi=_roi_in_file(found, volume),
         organs=organs,
-        seconds=seconds | timer.seconds,
+        statistics=extra.statistics,
+        seconds=seconds | timer.seconds | extra.seconds,
         total_seconds=time.perf_counter() - begun,
         memory=window.peak,
     )
@@ -345,7 +348,7 @@ def is_done(job: Job, settings: Settings) -> bool:
         return False
     if settings.dicom_seg and job.series is not None and not _segmentation_path(job).exists():
         return False
-    return not settings.preview or _preview_path(job).exists()
+    return settings.outputs.are_beside(job.target)
 
 
 def warnings_for(found: Segmentation, organs: dict[str, OrganMeasure]) -> list[str]:
@@ -373,18 +376,6 @@ def _roi_in_file(found: Segmentation, volume: Volume) -> RoiBox:
     return RoiBox(start, stop, found.roi.fallback)
 
 
-def _write_preview(job: Job, volume: Volume, found: Segmentation) -> list[str]:
-    """Draw the picture; the labels are written already, so that a failure is only a warning, which is returned."""
-    from .preview import draw_preview, save_preview
-
-    try:
-        picture = draw_preview(volume, found.labels, case=job.name, roi=found.roi.box)
-        save_preview(picture, _preview_path(job))
-    except FastorganError as error:
-        return [f"no picture: {error}"]
-    return []
-
-
 def _write_segmentation(job: Job, found: Segmentation, settings: Settings) -> list[str]:
     """Write the DICOM SEG where it is asked for; returns what is to be said of it."""
     if not settings.dicom_seg:
@@ -398,10 +389,6 @@ def _write_segmentation(job: Job, found: Segmentation, settings: Settings) -> li
 
 def _segmentation_path(job: Job) -> Path:
     return job.target.with_name(f"{case_name(job.target)}.seg.dcm")
-
-
-def _preview_path(job: Job) -> Path:
-    return job.target.with_name(f"{case_name(job.target)}.png")
 
 
 def _is_folder(path: Path) -> bool:

@@ -6,7 +6,7 @@ installed font is used.
 """
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Colour = tuple[int, int, int]
 
-PANEL = (560, 420)
+PANEL = (520, 390)
 """Width and height in pixels of the place for one view; a view keeps its aspect ratio inside it."""
 
 BACKGROUND: Colour = (16, 18, 22)
@@ -72,7 +72,7 @@ def write_preview(
 
 
 def draw_preview(volume: Volume, labels: NDArray[np.uint8], *, case: str, roi: Box | None = None) -> "Image.Image":
-    """Draw a case: for each organ the axial slice with most of it, one coronal and one sagittal view of all.
+    """Draw a case: a row for each organ, with the axial, the coronal and the sagittal slice that have most of it.
 
     Args:
         volume: the CT.
@@ -90,12 +90,20 @@ def draw_preview(volume: Volume, labels: NDArray[np.uint8], *, case: str, roi: B
     """
     if labels.shape != volume.grid.shape:
         raise VolumeError(_shape_message(f"the labels of {case}", labels.shape, volume.grid.shape))
+    return draw_case(ShownCase.of(volume, labels, roi), case)
+
+
+def draw_case(shown: "ShownCase", case: str) -> "Image.Image":
+    """Draw what `draw_preview` does.
+
+    Raises:
+        FastorganError: Pillow is not installed.
+    """
     try:
         from PIL import Image
     except ImportError as error:
         raise FastorganError("a preview needs Pillow, which is not installed; try: pip install pillow") from error
-    shown = _Case.of(volume, labels, roi)
-    views = shown.views()
+    volume, views = shown.volume, shown.views()
     rows = -(-len(views) // _COLUMNS)
     width = 2 * _MARGIN + _COLUMNS * PANEL[0] + (_COLUMNS - 1) * _GAP
     height = _HEADER + rows * (_CAPTION + PANEL[1] + _GAP) + _FOOTER
@@ -158,11 +166,11 @@ class _View:
 
     axis: int
     index: int
-    organ: Organ | None
+    organ: Organ
 
 
 @dataclass(frozen=True)
-class _Case:
+class ShownCase:
     """A CT with its labels, both upright (z, y, x).
 
     Attributes:
@@ -182,7 +190,7 @@ class _Case:
     extent: tuple[slice, ...]
 
     @classmethod
-    def of(cls, volume: Volume, labels: NDArray[np.uint8], roi: Box | None) -> "_Case":
+    def of(cls, volume: Volume, labels: NDArray[np.uint8], roi: Box | None) -> "ShownCase":
         """Set labels in the file's axes upright beside the CT and choose what to show."""
         codes = volume.grid.reorient(labels)
         if volume.grid.upright is not None:
@@ -193,26 +201,19 @@ class _Case:
         return cls(volume, codes, whole.measures, profiles, roi, whole._shown())
 
     def views(self) -> list[_View]:
-        """Each organ's axial view, the coronal one after the second, the sagittal one last."""
-        axial = [_View(0, self._fullest(0, [organ]), organ) for organ in ORGANS]
-        half = len(axial) // 2
-        coronal, sagittal = (_View(axis, self._fullest(axis, ORGANS), None) for axis in (1, 2))
-        return [*axial[:half], coronal, *axial[half:], sagittal]
+        """Row by row: an organ's axial, coronal and sagittal view."""
+        return [_View(axis, self._fullest(axis, organ), organ) for organ in ORGANS for axis in range(3)]
 
     def found(self, organ: Organ) -> bool:
         """Whether any voxel bears the organ's code."""
         return self.measures[organ.name].volume_ml > 0
 
-    def _fullest(self, axis: int, organs: Sequence[Organ]) -> int:
-        """The slice with most of the organs, each counted in units of its own largest slice; else the middle one."""
-        share = np.zeros(self.volume.shape[axis])
-        for organ in organs:
-            profile = self.profiles[organ.code][axis]
-            share += profile / max(1, profile.max())
-        if share.any():
-            return int(share.argmax())
+    def _fullest(self, axis: int, organ: Organ) -> int:
+        """The slice with most of the organ; without it the middle one of the others; else the scan's middle."""
+        if self.found(organ):
+            return int(self.profiles[organ.code][axis].argmax())
         others = [self.profiles[organ.code][axis] for organ in ORGANS if self.found(organ)]
-        used = np.flatnonzero(np.sum(others, axis=0)) if others else np.arange(len(share))
+        used = np.flatnonzero(np.sum(others, axis=0)) if others else np.arange(self.volume.shape[axis])
         return int(used[len(used) // 2])
 
     def _shown(self) -> tuple[slice, ...]:
@@ -321,11 +322,11 @@ def _draw_header(pen: _Pen, name: str, volume: Volume, width: int) -> None:
     pen.write((_MARGIN, base), pen.shortened(name, 30, width - 2 * _MARGIN - used - 40), 30)
 
 
-def _draw_caption(pen: _Pen, case: _Case, view: _View, left: int, top: int) -> None:
+def _draw_caption(pen: _Pen, case: ShownCase, view: _View, left: int, top: int) -> None:
     base = top + _CAPTION - 11
     plane = f"{_PLANES[view.axis][0]} {view.index + 1} / {case.volume.shape[view.axis]}"
-    if view.organ is None:
-        pen.write((left, base), plane.capitalize(), 19)
+    if view.axis > 0:
+        pen.write((left, base), plane, 16, FAINT)
         return
     pen.draw.rounded_rectangle((left, base - 13, left + 13, base), radius=3, fill=view.organ.colour)
     found = case.found(view.organ)
@@ -334,7 +335,7 @@ def _draw_caption(pen: _Pen, case: _Case, view: _View, left: int, top: int) -> N
     pen.write((left + 22 + used + 14, base), plane, 16, FAINT)
 
 
-def _draw_footer(pen: _Pen, case: _Case, height: int) -> None:
+def _draw_footer(pen: _Pen, case: ShownCase, height: int) -> None:
     """Each organ's volume, and what this is not."""
     base, at = height - _FOOTER + 24, float(_MARGIN)
     for organ in ORGANS:
@@ -351,7 +352,7 @@ def _draw_footer(pen: _Pen, case: _Case, height: int) -> None:
     pen.write((_MARGIN, height - 26), NOTICE, 16, FAINT)
 
 
-def _draw_view(picture: "Image.Image", pen: _Pen, case: _Case, view: _View, corner: tuple[int, int]) -> None:
+def _draw_view(picture: "Image.Image", pen: _Pen, case: ShownCase, view: _View, corner: tuple[int, int]) -> None:
     """One view in the middle of its place, with the organs' contours, the box, a scale and the directions."""
     from PIL import Image
 

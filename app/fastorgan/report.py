@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from .errors import FastorganError
 from .files import whole_file
 from .labels import ORGANS
 from .monitor import MemoryPeak
+
+if TYPE_CHECKING:
+    from .organ_statistics import OrganStatistics
 
 SCHEMA_VERSION = 1
 """Rises when a key is renamed, removed or changes its meaning; new keys leave it as it is."""
@@ -115,6 +118,7 @@ class CaseRecord:
         spacing: voxel size in mm per axis; None if the file could not be read.
         roi: the box that the organ network saw; None where it did not run.
         organs: the measures by organ name; None where there is no label map.
+        statistics: HU and boxes by organ name; None where they were not asked for.
         seconds: wall seconds by stage, in the order of the stages.
         total_seconds: wall seconds of the whole case; None if it was not timed.
         memory: peaks while the case was worked on.
@@ -130,6 +134,7 @@ class CaseRecord:
     spacing: tuple[float, float, float] | None = None
     roi: RoiBox | None = None
     organs: Mapping[str, OrganMeasure] | None = None
+    statistics: "Mapping[str, OrganStatistics] | None" = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     total_seconds: float | None = None
     memory: MemoryPeak = field(default_factory=MemoryPeak)
@@ -162,6 +167,9 @@ class CaseRecord:
                 }
                 for name, organ in self.organs.items()
             },
+            "statistics": None
+            if self.statistics is None
+            else {name: organ.to_dict() for name, organ in self.statistics.items()},
             "seconds": {stage: _rounded(seconds, 4) for stage, seconds in self.seconds.items()},
             "total_seconds": _rounded(self.total_seconds, 4),
             "device": self.device,

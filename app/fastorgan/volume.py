@@ -20,6 +20,7 @@ from .files import whole_file
 from .gzipped import DAMAGE, open_packed, pack_to
 from .hounsfield import find_rescale
 from .intensity import WINDOW_HU, to_unit
+from .label_tables import names_extension
 from .memory import check_memory
 from .mha_nrrd import TEXT_HEADER_SUFFIXES, open_text_header, write_text_header
 from .nifti import (
@@ -207,7 +208,8 @@ def label_image(labels: NDArray[np.uint8], like: nib.Nifti1Image) -> nib.Nifti1I
         like: the CT.
 
     Returns:
-        A uint8 image of `like`'s NIfTI version with slope 1 and intercept 0, without `like`'s texts and extensions.
+        A uint8 image of `like`'s NIfTI version with slope 1 and intercept 0, without `like`'s texts and extensions; an
+        extension of its own names the labels.
     """
     kind: Any = nib.Nifti2Image if isinstance(like, nib.Nifti2Image) else nib.Nifti1Image
     if isinstance(like.header, nib.Nifti1Header):
@@ -216,6 +218,7 @@ def label_image(labels: NDArray[np.uint8], like: nib.Nifti1Image) -> nib.Nifti1I
         image = kind(labels.reshape(like.shape), like.affine)
     header: Any = image.header
     header.extensions.clear()
+    header.extensions.append(names_extension())
     header.set_data_dtype(np.uint8)
     header.set_slope_inter(1.0, 0.0)
     header["cal_min"] = header["cal_max"] = 0
@@ -223,6 +226,14 @@ def label_image(labels: NDArray[np.uint8], like: nib.Nifti1Image) -> nib.Nifti1I
         if text in header:
             header[text] = b""
     return image
+
+
+def stem(path: Path) -> str:
+    """A file's name without its suffix, such as .nii.gz; the whole name where nothing would be left."""
+    for suffix in INPUT_SUFFIXES:
+        if path.name.endswith(suffix):
+            return path.name.removesuffix(suffix) or path.name
+    return path.name
 
 
 def make_folder(folder: Path) -> None:
