@@ -283,6 +283,7 @@ def test_the_report_holds_the_options(inputs: Path) -> None:
         "cluster": None,
         "weights": None,
         "report": str(report),
+        "page": None,
         "preview": False,
         "split": False,
         "statistics": None,

@@ -585,8 +585,8 @@ def test_labels_that_are_not_the_scans_are_made_anew(folders: Folders, change: A
 def test_a_picture_that_is_missing_is_made(folders: Folders) -> None:
     folders.put("a.nii.gz")
     folders.run()
-    assert folders.run(resume=True, preview=True).cases[0].status is Status.DONE
-    assert folders.run(resume=True, preview=True).cases[0].status is Status.SKIPPED
+    assert folders.run(resume=True, outputs=Outputs(preview=True)).cases[0].status is Status.DONE
+    assert folders.run(resume=True, outputs=Outputs(preview=True)).cases[0].status is Status.SKIPPED
 
 
 def test_without_resume_everything_is_done_again(folders: Folders) -> None:

@@ -659,7 +659,7 @@ def test_labels_have_the_scans_geometry_to_the_bit(
     # Raw bytes too: first axis fastest, nothing scaled.
     content = target.read_bytes()
     content = gzip.decompress(content) if suffix == ".nii.gz" else content
-    assert content[352:] == labels_for(image).tobytes(order="F")
+    assert content[352 + EXTENSION_SIZE :] == labels_for(image).tobytes(order="F")
     assert header_bytes(source) == before
 
 

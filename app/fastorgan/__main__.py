@@ -122,6 +122,9 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     predict.add_argument("--weights", metavar="DIR", type=Path, help="other weights than the released ones")
     predict.add_argument("--report", metavar="FILE", type=Path, help="write a run report (JSON)")
+    predict.add_argument(
+        "--page", metavar="FILE", type=Path, help="write the report as a web page (HTML) with pictures"
+    )
     predict.add_argument("--preview", action="store_true", help="write a picture (PNG) beside each label file")
     predict.add_argument("--split", action="store_true", help="write one mask per organ as well, in a folder per case")
     predict.add_argument(
@@ -178,7 +181,7 @@ def _predict(options: argparse.Namespace) -> int:
         options.weights,
         options.jobs,
         options.report,
-        Outputs(options.preview, options.split, options.statistics, options.label_tables),
+        Outputs(options.preview, options.split, options.statistics, options.label_tables, options.page),
         options.debug,
         shown,
         options.resume,

@@ -16,6 +16,7 @@ from .labels import ORGANS
 from .monitor import Sample, StageTimer
 from .organ_statistics import OrganStatistics, check_name, organ_statistics, write_statistics
 from .report import RunReport
+from .report_page import ReportPage
 from .volume import Volume, label_image, make_folder, save_image, stem
 
 
@@ -68,12 +69,14 @@ class Outputs:
         split: a folder of one mask per organ beside each label file.
         statistics: the table of all cases, .csv or .json.
         label_tables: the labels' names and colours for 3D Slicer and ITK-SNAP, in each folder of label files.
+        page: the run report as a web page.
     """
 
     preview: bool = False
     split: bool = False
     statistics: Path | None = None
     label_tables: bool = False
+    page: Path | None = None
 
     def begin(self, folders: Sequence[Path]) -> None:
         """Write what needs no case, and say what cannot be written while no time has been lost yet.
@@ -84,12 +87,19 @@ class Outputs:
         if self.statistics is not None:
             check_name(self.statistics)
             write_statistics([], self.statistics)
+        if self.page is not None:
+            ReportPage(self.page).begin()
         if self.label_tables:
             for folder in folders:
                 write_tables(folder)
 
-    def of_case(self, case: FinishedCase) -> CaseOutputs:
-        """Make what is wanted of one case. A failure is a warning: the labels are written already."""
+    def of_case(self, case: FinishedCase, *, warned: bool = False) -> CaseOutputs:
+        """Make what is wanted of one case. A failure is a warning: the labels are written already.
+
+        Args:
+            case: the case.
+            warned: whether there are warnings about it, so that people will want to see it.
+        """
         timer, warnings, statistics = StageTimer(), [], None
         if self.split:
             with timer.stage("split"):
@@ -100,16 +110,35 @@ class Outputs:
         if self.statistics is not None:
             with timer.stage("statistics"):
                 statistics = organ_statistics(case.volume, case.labels, case.image)
-        if self.preview:
-            from .preview import draw_preview, save_preview
-
-            with timer.stage("preview"):
-                try:
-                    picture = draw_preview(case.volume, case.labels, case=case.name, roi=case.roi)
-                    save_preview(picture, case.beside(".png"))
-                except FastorganError as error:
-                    warnings.append(f"no picture: {error}")
+        warnings += self._draw(case, timer, warned or bool(warnings))
         return CaseOutputs(warnings, timer.seconds, statistics)
+
+    def _draw(self, case: FinishedCase, timer: StageTimer, warned: bool) -> list[str]:
+        """Draw the case for the preview, the page or both; returns the warnings."""
+        page = ReportPage(self.page) if self.page is not None else None
+        paged = page is not None and page.wants(warned)
+        if not self.preview and not paged:
+            return []
+        from .preview import ShownCase, draw_case, save_preview
+
+        warnings = []
+        with timer.stage("preview"):
+            try:
+                shown = ShownCase.of(case.volume, case.labels, case.roi)
+                picture = draw_case(shown, case.name)
+                if self.preview:
+                    save_preview(picture, case.beside(".png"))
+            except FastorganError as error:
+                return [f"no picture: {error}"]
+        if page is not None and paged:
+            from .viewer import page_pictures
+
+            with timer.stage("page"):
+                try:
+                    page.gather(case.target, page_pictures(shown, picture))
+                except FastorganError as error:
+                    warnings.append(f"no picture in the report page: {error}")
+        return warnings
 
     def are_beside(self, target: Path) -> bool:
         """Whether what is wanted beside a label file is there, by its name."""
@@ -129,10 +158,14 @@ class Outputs:
             FastorganError: a file cannot be written.
         """
         if report is None:
+            if self.page is not None:
+                ReportPage(self.page).give_up()
             return
         if self.statistics is not None:
             rows = [(stem(Path(c.output)), c.statistics) for c in report.cases if c.output and c.statistics]
             write_statistics(rows, self.statistics)
+        if self.page is not None:
+            ReportPage(self.page).write(report.to_dict(), samples)
 
 
 def _split(case: FinishedCase) -> None:

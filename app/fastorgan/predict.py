@@ -208,6 +208,7 @@ def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
         if report is not None:
             # An interrupt comes while cases are under way; those have ended by now.
             report.cases += records.left()
+            report.memory = sampler.peak
             with suppress(FastorganError):
                 if settings.report is not None:
                     report.write(settings.report)
@@ -289,7 +290,7 @@ def run_case(loaded: Future[Cascade], job: Job, sampler: MemorySampler, settings
             noted = [] if job.series is None else job.series.warnings()
             warnings = [*noted, *volume.warnings, *warnings_for(found, organs), *said]
             case = FinishedCase(job.name, job.target, image, volume, found.labels, found.roi.box)
-            extra = settings.outputs.of_case(case)
+            extra = settings.outputs.of_case(case, warned=bool(warnings))
         except caught as error:
             text = str(error) if isinstance(error, FastorganError) else _unforeseen(job, error)
             if isinstance(error, DeviceError):
