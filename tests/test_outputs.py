@@ -87,7 +87,7 @@ def test_the_statistics_agree_with_the_report(inputs: Path) -> None:
 def test_without_a_wish_nothing_more_is_written_or_measured(inputs: Path) -> None:
     (case,) = run(inputs, Outputs()).cases
     assert case.statistics is None
-    assert list(case.seconds) == ["read", "wait", "roi", "organs", "restore", "write"]
+    assert list(case.seconds) == ["read", "wait", "roi", "organs", "restore", "check", "write"]
     assert [path.name for path in (inputs.parent / "out").iterdir()] == ["ct.nii.gz"]
 
 

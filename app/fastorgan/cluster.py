@@ -62,6 +62,7 @@ def run_on_cluster(jobs: Sequence[Job], settings: Settings, address: str) -> Run
     for folder in folders:
         make_folder(folder)
         remove_abandoned(folder)
+    settings.outputs.begin(folders)
     with Cluster(address, settings) as cluster:
         facts = cluster.facts()
         report = RunReport(facts.engine, facts.weights, settings.options, planned=len(jobs))
@@ -77,6 +78,7 @@ def run_on_cluster(jobs: Sequence[Job], settings: Settings, address: str) -> Run
     report.total_seconds = time.perf_counter() - begun
     if settings.report is not None:
         report.write(settings.report)
+    settings.outputs.end(report)
     return report
 
 
