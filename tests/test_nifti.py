@@ -140,14 +140,29 @@ def test_voxels_in_other_units_are_refused(tmp_path: Path, scale: float, reason:
     refused(tmp_path / "a.nii", reason)
 
 
-def test_a_shear_that_would_fill_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def sheared(path: Path, shape: tuple[int, int, int]) -> None:
     affine = np.diag([0.05, 0.05, 70.0, 1.0])
     affine[0, 2] = 70.0
-    array = np.zeros((60, 60, 500), np.int8)
-    path = tmp_path / "a.nii"
-    path.write_bytes(content(array, affine))
-    monkeypatch.setattr(memory, "available_bytes", lambda: 100 << 20)
-    refused(path, "voxels set upright need .* MiB of memory")
+    path.write_bytes(content(np.zeros(shape, np.int8), affine))
+
+
+def test_a_shear_that_would_make_a_small_file_huge_is_refused(tmp_path: Path) -> None:
+    sheared(tmp_path / "a.nii", (60, 60, 500))
+    refused(tmp_path / "a.nii", "so skewed that upright it would have 354 x 60 x 698660 voxels; resample it")
+
+
+def test_a_shear_that_would_fill_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sheared(tmp_path / "a.nii", (60, 60, 12))
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1 << 20)
+    refused(tmp_path / "a.nii", "voxels set upright need .* MiB of memory")
+
+
+def test_a_single_slice_may_be_steep(tmp_path: Path) -> None:
+    affine = np.diag([0.8, 0.8, 5.0, 1.0])
+    c = np.sqrt(0.5)
+    affine[:3, :3] = np.array([[1, 0, 0], [0, c, -c], [0, c, c]]) @ affine[:3, :3]
+    (tmp_path / "a.nii").write_bytes(content(np.zeros((512, 512, 1), np.int16), affine))
+    assert read_volume(load_image(tmp_path / "a.nii"), "a").grid.upright is not None
 
 
 def test_a_file_that_shrinks_while_it_is_worked_on_harms_nobody(tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ def find_rescale(stored: NDArray[np.generic], slope: float, intercept: float) ->
         doubtful. None where the values look like HU.
     """
     part = stored[tuple(slice(n // SAMPLES // 2, None, max(1, n // SAMPLES)) for n in stored.shape)]
-    hu = part.astype(np.float64) * slope + intercept
+    with np.errstate(over="ignore"):
+        hu = part.astype(np.float64) * slope + intercept
     if _is_ct(hu):
         return Rescale(slope, intercept)
     least = float(hu[hu > PADDING_HU].min(initial=np.inf))

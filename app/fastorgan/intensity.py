@@ -17,7 +17,9 @@ LEVELS = 255
 def to_unit(hu: NDArray[np.generic]) -> NDArray[np.float32]:
     """Map HU to [0, 1] linearly over `WINDOW_HU`, clipped; any shape, a new float32 array."""
     low, high = WINDOW_HU
-    unit = hu.astype(np.float32)
+    # Doubles that float32 cannot hold are infinite then, and clipped as well.
+    with np.errstate(over="ignore"):
+        unit = hu.astype(np.float32)
     unit -= np.float32(low)
     unit *= np.float32(1.0 / (high - low))
     return np.clip(unit, 0.0, 1.0, out=unit)

@@ -68,6 +68,9 @@ def _checked(path: Path, block: bytes, data: Path, pair: bool, max_voxels: int) 
     block = block[: kind.header_class.template_dtype.itemsize]
     header = kind.header_class(block, check=False)
     _check_spacing(path, header)
+    begin = float(header["vox_offset"])
+    if not 0 <= begin <= MAX_HEADER_BYTES:
+        raise VolumeError(f"{path}: its voxels are said to begin {begin:.0f} bytes into it; the header is damaged")
     header.check_fix(_SILENT)
     proxy_header = header.copy()
     if pair:
@@ -128,14 +131,17 @@ def check_affine(affine: NDArray[np.float64], name: object) -> None:
     singular = f"{name}: the affine is singular or not finite, so voxel sizes are unknown; mend the header"
     if not np.isfinite(affine).all():
         raise VolumeError(singular)
-    sizes = np.linalg.norm(affine[:3, :3], axis=0)
-    # Of the directions alone, so that small voxels are no matter.
-    if (sizes == 0).any() or abs(np.linalg.det(affine[:3, :3] / sizes)) < 1e-3:
-        raise VolumeError(singular)
+    with np.errstate(over="ignore"):
+        sizes = np.linalg.norm(affine[:3, :3], axis=0)
     least, most = VOXEL_MM
+    if (sizes == 0).any():
+        raise VolumeError(singular)
     if sizes.min() < least or sizes.max() > most:
         shown = " x ".join(f"{s:g}" for s in sizes)
         raise VolumeError(f"{name}: voxels of {shown} mm are no CT's; if the header is in other units, mend it")
+    # Of the directions alone, so that small voxels are no matter.
+    if abs(np.linalg.det(affine[:3, :3] / sizes)) < 1e-3:
+        raise VolumeError(singular)
 
 
 def form_warnings(header: Any) -> list[str]:
@@ -177,12 +183,9 @@ def _check_size(path: Path, header: Any, data: Path, max_voxels: int) -> None:
     if any(n < 0 for n in shape):
         raise VolumeError(f"{path}: has an axis of {min(shape)} voxels; mend the header")
     dtype = np.dtype(header.get_data_dtype())
-    begin = int(header.get_data_offset())
-    if begin > MAX_HEADER_BYTES:
-        raise VolumeError(f"{path}: its voxels are said to begin {begin} bytes into it; the header is damaged")
     # Memory first: what is cut short may also be too large, and of that the user should hear.
     check_size(shape, dtype, path, max_voxels)
     there = data.stat().st_size * (_MOST_INFLATED if data.suffix == ".gz" else 1)
-    needed = begin + math.prod(shape) * dtype.itemsize
+    needed = int(header.get_data_offset()) + math.prod(shape) * dtype.itemsize
     if there < needed:
         raise VolumeError(f"{path}: cut short: its header claims {needed} bytes, it can hold {there} at most")

@@ -42,6 +42,12 @@ OUTPUT_SUFFIXES = (*SUFFIXES, *TEXT_HEADER_SUFFIXES)
 OBLIQUE_DEGREES = 3.0
 """A grid turned further than this from the patient's axes is resampled upright before the networks see it."""
 
+MOST_SCALED = 1e9
+"""A slope or intercept beyond, or a slope below its reciprocal, is a damaged header: HU are a few thousand."""
+
+UPRIGHT_GROWTH, UPRIGHT_VOXELS = 16, 1 << 24
+"""An upright grid may have so many times the voxels of the oblique one, and so many more: a single slice needs them."""
+
 AIR_HU = -1024.0
 """What lies outside the scan when an oblique grid is resampled upright."""
 
@@ -85,13 +91,16 @@ class Volume:
             if limits.min <= high and low <= limits.max:
                 values = np.clip(values, max(int(low), limits.min), min(int(high), limits.max))
                 return values.astype(np.float32)
-        return np.clip(values.astype(np.float32), np.float32(low), np.float32(high))
+        # Doubles that float32 cannot hold are infinite then, and clipped as well.
+        with np.errstate(over="ignore"):
+            return np.clip(values.astype(np.float32), np.float32(low), np.float32(high))
 
     def unit(self, values: NDArray[np.generic]) -> NDArray[np.float32]:
         """Stored values to [0, 1] over the HU window."""
         if self.slope == 1.0 and self.intercept == 0.0:
             return to_unit(values)
-        return to_unit(values.astype(np.float32) * np.float32(self.slope) + np.float32(self.intercept))
+        with np.errstate(over="ignore"):
+            return to_unit(values.astype(np.float32) * np.float32(self.slope) + np.float32(self.intercept))
 
 
 @dataclass(frozen=True)
@@ -177,6 +186,10 @@ def read_volume(image: nib.Nifti1Image, name: str, *, hounsfield: bool = True) -
     if np.isnan(orientation).any():
         raise VolumeError(f"{name}: the affine does not tell the axes apart; mend the header")
     stored, slope, intercept = _stored_values(image, name)
+    if not (1 / MOST_SCALED < abs(slope) < MOST_SCALED and abs(intercept) < MOST_SCALED):
+        raise VolumeError(
+            f"{name}: a slope of {slope:g} and an intercept of {intercept:g} are no CT's; mend the header"
+        )
     stored = stored.reshape(shape, order="A")
     warnings = form_warnings(image.header)
     stored, lost = _without_nan(stored, slope, intercept, name)
@@ -370,7 +383,10 @@ def _set_upright(
     reach = (corners @ turned.T)[:, :3]
     low, high = reach.min(axis=0), reach.max(axis=0)
     size = tuple(int(n) for n in np.ceil((high - low) / spacing - 1e-6).astype(int) + 1)
-    check_memory(math.prod(size) * array.itemsize, f"{name}: {' x '.join(map(str, size))} voxels set upright")
+    shown_size = " x ".join(map(str, size))
+    if math.prod(size) > UPRIGHT_GROWTH * array.size + UPRIGHT_VOXELS:
+        raise VolumeError(f"{name}: its axes are so skewed that upright it would have {shown_size} voxels; resample it")
+    check_memory(math.prod(size) * array.itemsize, f"{name}: {shown_size} voxels set upright")
     place = np.eye(4)
     place[:3, :3] = np.diag(spacing)
     place[:3, 3] = low

@@ -1,0 +1,173 @@
+"""A batch under kill -9, SIGTERM and Ctrl-C at random moments: what is there is whole, and --resume does the rest."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from fastorgan.volume import load_image, read_volume
+
+ROOT = Path(__file__).parents[1]
+
+CASES = [f"case{number}" for number in range(6)]
+
+MOMENTS = int(os.environ.get("FASTORGAN_MOMENTS", "10"))
+"""Random moments for each signal in the slow test."""
+
+# The command with networks that cost nothing, so that a signal meets reading and writing more often.
+FAKE = """
+import sys
+from pathlib import Path
+
+from tests.conftest import FakeRuntime, find_by_hu, label_by_hu
+from fastorgan import cascade
+from fastorgan.__main__ import main
+from fastorgan.cascade import Cascade
+from fastorgan.weights import Weights
+
+networks = {"roi": {"variant": "slim", "sha256": {"roi.xml": "ab"}}}
+cascade.ROI_SIZE, cascade.CROP_SIZE = (24, 24, 24), (24, 32, 48)
+known = Cascade(FakeRuntime(find_by_hu, label_by_hu), Weights(Path("nowhere"), {"version": "0", "networks": networks}))
+Cascade.load = lambda *_, **__: known
+sys.exit(main(sys.argv[1:]))
+"""
+
+REAL = "import sys; from fastorgan.__main__ import main; sys.exit(main(sys.argv[1:]))"
+
+
+ENDS: dict[int, tuple[int, ...]] = {
+    signal.SIGKILL: (-9, 0),
+    signal.SIGTERM: (143, -15, 0),
+    signal.SIGINT: (130, -2, 1, 0),
+}
+"""Exit codes by signal. 0: it came too late. Minus the signal: before the command could handle it; Python itself ends
+with 1 where Ctrl-C meets its imports."""
+
+
+@dataclass
+class Batch:
+    """A batch that can be interrupted.
+
+    Attributes:
+        folder: holds `in`, and an output folder for each run.
+        code: the Python program that runs the command.
+        seconds: what an uninterrupted run took.
+        whole: the label files' bytes, as an uninterrupted run makes them.
+    """
+
+    folder: Path
+    code: str
+    seconds: float = 0.0
+    whole: dict[str, bytes] | None = None
+
+    def start(self, out: Path, *options: str) -> "subprocess.Popen[str]":
+        arguments = ["predict", str(self.folder / "in"), str(out), "--device", "cpu", *options]
+        arguments += ["--report", str(out.with_suffix(".json"))]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "app"), str(ROOT)])}
+        command = [sys.executable, "-c", self.code, *arguments]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def finish(self, out: Path, *options: str) -> dict[str, Any]:
+        """Run to the end; returns the report."""
+        with self.start(out, *options) as process:
+            _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+        report: dict[str, Any] = json.loads(out.with_suffix(".json").read_text(encoding="ascii"))
+        return report
+
+
+def make_batch(folder: Path, code: str) -> Batch:
+    """Six CTs that differ, and what comes of them."""
+    (folder / "in").mkdir()
+    codes = np.zeros((60, 50, 40), np.uint8)
+    codes[36:54, 12:34, 14:32] = 1
+    codes[6:14, 6:14, 8:20] = codes[40:48, 2:9, 6:17] = 2
+    codes[6:18, 30:42, 18:32] = 3
+    codes[22:32, 20:27, 16:22] = 4
+    for number, case in enumerate(CASES):
+        hu = np.array([-50, 50, 120, 190, 260], np.int16)[np.roll(codes, number, axis=0)]
+        hu[0] = -1000
+        nib.save(
+            nib.Nifti1Image(hu.repeat(2, 0).repeat(2, 1), np.diag([2.5, 2.5, 5, 1])), folder / "in" / f"{case}.nii.gz"
+        )
+    batch = Batch(folder, code)
+    begun = time.monotonic()
+    batch.finish(folder / "uninterrupted")
+    batch.seconds = time.monotonic() - begun
+    batch.whole = {path.name: path.read_bytes() for path in (folder / "uninterrupted").iterdir()}
+    assert sorted(batch.whole) == [f"{case}.nii.gz" for case in CASES]
+    return batch
+
+
+def interrupt(batch: Batch, number: int, moment: float, name: str) -> str:
+    """Interrupt a run at a moment, check what it left, resume it and check that; returns how far it had come."""
+    assert batch.whole is not None
+    out = batch.folder / name
+    with batch.start(out) as process:
+        time.sleep(moment)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode in ENDS[number]
+    if process.returncode in (143, 130):
+        assert errors.splitlines()[-1] in ("fastorgan: terminated", "fastorgan: interrupted"), errors
+
+    there = sorted(out.iterdir()) if out.exists() else []
+    shown = {path.name: path for path in there if not path.name.startswith(".")}
+    if number != signal.SIGKILL:
+        assert [path.name for path in there] == list(shown), "a half-written file was left"
+    for path in shown.values():
+        read_volume(load_image(path), str(path), hounsfield=False)
+        assert path.read_bytes() == batch.whole[path.name], f"{path} is partial"
+    report = out.with_suffix(".json")
+    if report.exists():
+        facts = json.loads(report.read_text(encoding="ascii"))
+        done = {Path(case["output"]).name for case in facts["cases"] if case["status"] == "done"}
+        assert facts["planned"] == len(CASES)
+        assert done <= set(shown)
+        if process.returncode in (143, 130):
+            assert done == set(shown), "the report of an interrupted run lacks cases that it did"
+
+    before = {path.name: path.stat().st_mtime_ns for path in shown.values()}
+    facts = batch.finish(out, "--resume")
+    assert facts["counts"] == {"done": len(CASES) - len(shown), "failed": 0, "skipped": len(shown)}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == batch.whole
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before, "a case was done again"
+    return (
+        f"{signal.Signals(number).name} at {moment:.2f} s: exit {process.returncode}, {len(shown)} of {len(CASES)} done"
+    )
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Batch:
+    """A batch with networks that cost nothing."""
+    return make_batch(tmp_path_factory.mktemp("quick"), FAKE)
+
+
+@pytest.mark.parametrize("number", ENDS, ids=[signal.Signals(number).name for number in ENDS])
+def test_an_interrupted_batch_is_whole_and_resumes(quick: Batch, number: int) -> None:
+    moments = random.Random(number)
+    for n in range(1):
+        # Not while Python starts, which the slow test has as well.
+        print(interrupt(quick, number, moments.uniform(0.4, 1.0) * quick.seconds, f"{number}-{n}"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fake networks", "real networks"])
+def test_a_batch_may_be_interrupted_at_any_moment(tmp_path: Path, kind: str) -> None:
+    if kind == "real networks":
+        pytest.importorskip("openvino")
+    batch = make_batch(tmp_path, REAL if kind == "real networks" else FAKE)
+    moments = random.Random(2026)
+    for n in range(MOMENTS):
+        for number in ENDS:
+            print(interrupt(batch, number, moments.uniform(0.0, 1.05) * batch.seconds, f"{n}-{number}"))
