@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -305,14 +306,18 @@ def run_case(path: Path, target: Path, cascade_: Cascade) -> list[str]:
     before = set(target.parent.iterdir())
     try:
         with (
+            warnings.catch_warnings(record=True) as warned,
             contextlib.redirect_stderr(said),
             contextlib.redirect_stdout(told),
             patch.object(Cascade, "load", lambda *_, **__: cascade_),
         ):
+            warnings.simplefilter("always")
             record = run_batch([Job(path, target)], Settings(device="cpu", jobs=1)).cases[0]
     except BaseException:
         return [f"traceback: {traceback.format_exc()}"]
     lines = said.getvalue().splitlines()
+    # They would be printed on standard error, with our source's names.
+    wrong += [f"warned: {w.message}" for w in warned if issubclass(w.category, RuntimeWarning | UserWarning)]
     wrong += [f"said: {line}" for line in lines if not line.startswith("fastorgan: ")]
     left = set(target.parent.iterdir()) - before
     if record.status is Status.FAILED:
