@@ -289,10 +289,10 @@ def _packed(content: bytes, rng: Random) -> bytes:
     if kind < 2:
         return rng.choice(STREAM)(packed, rng)
     if kind == 2:
-        return packed + rng.choice([bytes(99), rng.randbytes(99), gzip.compress(rng.randbytes(9)), packed])
+        return packed + rng.choice([bytes(99), rng.randbytes(99), gzip.compress(rng.randbytes(9), mtime=0), packed])
     if kind == 3:
         half = rng.randrange(len(content) + 1)
-        return gzip.compress(content[:half], 1) + gzip.compress(content[half:], 1)
+        return gzip.compress(content[:half], 1, mtime=0) + gzip.compress(content[half:], 1, mtime=0)
     return packed
 
 
