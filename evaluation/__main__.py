@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from fastorgan.errors import FastorganError
 from fastorgan.labels import ORGANS, Organ
 
-from . import accuracy, doubts, efficiency, performance, ranking, sample, timing
+from . import accuracy, doubts, efficiency, performance, ranking, sample, soak, timing
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_sample(commands)
     _add_doubts(commands)
     performance.add_commands(commands)
+    _add_soak(commands)
     args = parser.parse_args(argv)
     try:
         code: int = args.run(args)
@@ -337,6 +338,14 @@ many organs the user is warned, by their DSC and by the kind of copy.""",
         help=f"these copies alone, out of: {', '.join(doubts.COPIES)}",
     )
     parser.add_argument("--weights", type=Path, metavar="DIR", help="other weights than the released ones")
+    parser.add_argument(
+        "--leave-out",
+        type=_left_out,
+        action="append",
+        default=[],
+        metavar="CASE:ORGAN[,ORGAN]",
+        help="leave organs of one case out, as in score; may be repeated",
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all organs with their evidence")
     parser.set_defaults(run=_doubts)
 
@@ -348,15 +357,38 @@ def _doubts(args: argparse.Namespace) -> int:
         raise FastorganError(f"--copies: there is no {strange[0]!r}")
     verdicts = []
     cascade = Cascade.load("cpu", weights=args.weights)
+    left_out = {(case, name) for case, names in args.leave_out for name in names}
     for verdict in doubts.judge(cascade, args.data / "images", args.data / "labels", args.copies):
+        if (verdict.case, verdict.organ) in left_out:
+            continue
         verdicts.append(verdict)
         said = "not found" if verdict.evidence is None else "; ".join(verdict.doubts) or "-"
         shown = "absent" if math.isnan(verdict.dsc) else f"{verdict.dsc * 100:.1f}"
         print(f"{verdict.case:14} {verdict.copy:14} {verdict.organ:9} {shown:>6}  {said}", flush=True)
-    print(doubts.by_copy(verdicts), doubts.summary(verdicts), sep="\n\n")
+    print(doubts.by_copy(verdicts), doubts.summary(verdicts), doubts.of_parts(verdicts), sep="\n\n")
     if args.csv is not None:
         doubts.write_csv(verdicts, args.csv)
     return 0
+
+
+def _add_soak(commands: "Commands") -> None:
+    parser = commands.add_parser(
+        "soak",
+        help="many cases through one process, to see whether its memory grows",
+        description="Run `fastorgan predict` once on many cases, and compare its resident memory after the last case\n"
+        f"with that after case {soak.SETTLED}. The exit code is 1 where it grew by more than {soak.MOST_GROWTH:.0%}.",
+        epilog="example:\n  python -m evaluation soak phantom.nii.gz --cases 200",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sources", type=Path, metavar="CT", nargs="+", help="CT files, taken in turns")
+    parser.add_argument("--cases", type=int, default=200, metavar="N", help="how many (default: %(default)s)")
+    parser.set_defaults(run=_soak)
+
+
+def _soak(args: argparse.Namespace) -> int:
+    growth = soak.soak(args.sources, args.cases)
+    print(growth.text())
+    return int(growth.share > soak.MOST_GROWTH)
 
 
 def _organs(text: str) -> list[Organ]:

@@ -47,7 +47,6 @@ class Verdict:
         present: whether the true labels have it.
         evidence: None where it was not found.
         doubts: what was said of it.
-        missed: whether it is reported as not found.
     """
 
     case: str
@@ -234,6 +233,21 @@ def by_copy(verdicts: Iterable[Verdict]) -> str:
             mean = f"{np.mean([row.dsc for row in some]) * 100:.0f}" if some else "–"
             cells.append(f"{mean}, {sum(row.warned for row in some)}/{len(some)}")
         lines.append(f"| {copy} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def of_parts(verdicts: Iterable[Verdict]) -> str:
+    """A table: of parts of scans that show none of the organs, in how many organs were found, and warned of."""
+    lines = ["| part | scans | nothing found | organs found | of these warned |", "|---|---|---|---|---|"]
+    scans: dict[tuple[str, str], list[Verdict]] = {}
+    for verdict in verdicts:
+        scans.setdefault((verdict.copy, verdict.case), []).append(verdict)
+    without = {key: rows for key, rows in scans.items() if not any(row.present for row in rows)}
+    for copy in dict.fromkeys(copy for copy, _ in without):
+        parts = [rows for (name, _), rows in without.items() if name == copy]
+        found = [row for rows in parts for row in rows if row.evidence is not None]
+        empty = sum(all(row.evidence is None for row in rows) for rows in parts)
+        lines.append(f"| {copy} | {len(parts)} | {empty} | {len(found)} | {sum(row.warned for row in found)} |")
     return "\n".join(lines)
 
 
