@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -349,3 +350,60 @@ def test_a_negative_seed_is_one_line_and_2(tmp_path: Path, capsys: pytest.Captur
 def test_main_returns_what_the_command_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "_phantom", lambda options: 17)
     assert main(["phantom", "p.nii"]) == 17
+
+
+# Every command
+
+
+COMMANDS = ("predict", "doctor", "phantom", "completion")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_commands_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert usage_error(command, "--help") == 0
+    said = capsys.readouterr().out
+    assert re.search(rf"examples?:\s+fastorgan {command}\b", said)
+    assert "--debug" in said
+
+
+def test_debug_shows_where_an_error_comes_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["predict", str(tmp_path / "none.nii.gz"), str(tmp_path / "out"), "--device", "nowhere"]
+    assert main(arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert main([*arguments, "--debug"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback")
+    assert said.splitlines()[-1].startswith("fastorgan: there is no device 'nowhere'")
+
+
+def test_an_unforeseen_error_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(options: object) -> int:
+        raise ZeroDivisionError("a\nbug")
+
+    monkeypatch.setattr(command, "_phantom", fail)
+    assert main(["phantom", "p.nii"]) == 2
+    assert capsys.readouterr().err == (
+        "fastorgan: failed unexpectedly (ZeroDivisionError: a bug); --debug shows where\n"
+    )
+    with pytest.raises(ZeroDivisionError):
+        main(["phantom", "p.nii", "--debug"])
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_the_commands(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for name in COMMANDS:
+        assert name in script
+    assert "statistics" in script
+
+
+def test_completion_without_shtab_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert main(["completion", "bash"]) == 2
+    assert "pip install shtab" in capsys.readouterr().err

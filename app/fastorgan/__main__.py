@@ -2,9 +2,11 @@
 
 import argparse
 import io
+import json
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 EXIT_CODES = """\
 exit codes:
-  0    every case is done
+  0    all is done (predict: every case; doctor: nothing is wrong)
   2    bad input or usage: each failed case has one line on standard error, the others are done
   130  interrupted (Ctrl-C)
   143  terminated (SIGTERM)"""
@@ -37,7 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _terminable():
             code: int = options.run(options)
     except FastorganError as error:
+        if options.debug:
+            traceback.print_exc()
         warn(str(error))
+        return 2
+    except Exception as error:
+        if options.debug:
+            raise
+        warn(f"failed unexpectedly ({type(error).__name__}: {' '.join(str(error).split())}); --debug shows where")
         return 2
     except KeyboardInterrupt:
         warn("interrupted")
@@ -85,7 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"fastorgan {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_predict(commands)
+    _add_doctor(commands)
     _add_phantom(commands)
+    _add_completion(commands)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show tracebacks of errors")
     return parser
 
 
@@ -105,9 +118,7 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "inputs", metavar="INPUT", nargs="+", type=Path, help="files, or folders of files or DICOM slices"
     )
     predict.add_argument("output", metavar="OUTPUT", type=Path, help="folder; for a single file also a label file")
-    predict.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    predict.add_argument("--engine", default="auto", help="auto, openvino or torch (default: auto)")
-    predict.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
+    _add_device(predict)
     predict.add_argument(
         "--jobs",
         type=_positive,
@@ -120,7 +131,6 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="ADDRESS",
         help="work on a Ray cluster: local, auto or ray://HOST:PORT; a worker for each GPU or every --threads cores",
     )
-    predict.add_argument("--weights", metavar="DIR", type=Path, help="other weights than the released ones")
     predict.add_argument("--report", metavar="FILE", type=Path, help="write a run report (JSON)")
     predict.add_argument(
         "--page", metavar="FILE", type=Path, help="write the report as a web page (HTML) with pictures"
@@ -148,8 +158,43 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     predict.add_argument(
         "--max-voxels", metavar="N", type=_positive, help="refuse larger volumes (default: 2147483648)"
     )
-    predict.add_argument("--debug", action="store_true", help="show tracebacks of unforeseen errors")
     predict.set_defaults(run=_predict)
+
+
+def _add_device(command: argparse.ArgumentParser) -> None:
+    """The options that say what runs the networks."""
+    command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    command.add_argument("--engine", default="auto", help="auto, openvino or torch (default: auto)")
+    command.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
+    command.add_argument("--weights", metavar="DIR", type=Path, help="other weights than the released ones")
+
+
+def _add_doctor(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="tell what predict would run on, and what is wrong",
+        description="Tell on one screen which device, driver, versions, weights, memory and disk `fastorgan predict`\n"
+        "would use here, run the networks once, and say what is wrong.",
+        epilog=f"examples:\n  fastorgan doctor\n  fastorgan doctor outputs/ --device cuda --json\n\n{EXIT_CODES}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    doctor.add_argument(
+        "output", metavar="OUTPUT", nargs="?", type=Path, default=Path(), help="folder for labels (default: this one)"
+    )
+    _add_device(doctor)
+    doctor.add_argument("--json", action="store_true", help="print JSON, for programs and bug reports")
+    doctor.set_defaults(run=_doctor)
+
+
+def _add_completion(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    completion = commands.add_parser(
+        "completion",
+        help="print a script that completes fastorgan's options in a shell",
+        description="Print a script that completes fastorgan's options in a shell (needs: pip install shtab).",
+        epilog="example: fastorgan completion bash > ~/.local/share/bash-completion/completions/fastorgan",
+    )
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    completion.set_defaults(run=_completion)
 
 
 def _add_phantom(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -211,6 +256,28 @@ def _jobs(options: argparse.Namespace) -> "list[Job]":
         raise VolumeError("--grand-challenge takes one input folder, usually /input")
     inputs, output = image_folders(options.inputs[0], options.output, options.grand_challenge)
     return plan_jobs([inputs], output, suffix=SUFFIX)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from .doctor import Verdict, Wish, examine, screen, to_dict
+
+    wish = Wish(options.device, options.engine, options.threads, options.weights, options.output)
+    findings = examine(wish)
+    if options.json:
+        print(json.dumps(to_dict(findings), indent=2))
+    else:
+        for line in screen(findings).splitlines():
+            say(line)
+    return 2 if any(finding.verdict is Verdict.WRONG for finding in findings) else 0
+
+
+def _completion(options: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError as error:
+        raise FastorganError("completion needs shtab, which is not installed; try: pip install shtab") from error
+    print(shtab.complete(_parser(), options.shell))
+    return 0
 
 
 def _phantom(options: argparse.Namespace) -> int:
