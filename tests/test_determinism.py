@@ -1,0 +1,138 @@
+"""One input, one result: whatever the threads, the engine, the precision and the neighbours in a batch."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from evaluation.accuracy import dsc
+from evaluation.sample import NAME
+from fastorgan.cascade import Cascade
+from fastorgan.labels import ORGANS
+from fastorgan.phantom import make_phantom
+from fastorgan.runtime import TorchRuntime
+from fastorgan.volume import load_image
+from fastorgan.weights import Weights
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+SAMPLE = ROOT / "sample" / "images" / f"{NAME}_0000.nii.gz"
+
+LEAST_SAME = 0.9999
+"""Share of voxels that must have the same label whatever the number of threads."""
+
+LEAST_DSC = 0.998
+"""Of each organ, between engines and precisions."""
+
+Labels = NDArray[np.uint8]
+
+
+@pytest.fixture(scope="module", params=["phantom", "sample"])
+def image(request: pytest.FixtureRequest) -> nib.Nifti1Image:
+    """A synthetic CT, and a real one where `./try.sh` has fetched it."""
+    if request.param == "phantom":
+        return make_phantom((192, 192, 90), (2.0, 2.0, 3.3), seed=7)[0]
+    if not SAMPLE.is_file():
+        pytest.skip("no sample; run ./try.sh first")
+    return load_image(SAMPLE)
+
+
+@pytest.fixture(scope="module")
+def expected(image: nib.Nifti1Image) -> Labels:
+    """What OpenVINO finds with two threads."""
+    labels = find(Cascade.load("cpu", engine="openvino", threads=2), image)
+    assert set(np.unique(labels)) == {0, 1, 2, 3, 4}
+    return labels
+
+
+def find(cascade: Cascade, image: nib.Nifti1Image) -> Labels:
+    return np.asarray(cascade.segment(image).dataobj, np.uint8)
+
+
+def agreement(labels: Labels, expected: Labels) -> dict[str, float]:
+    return {organ.name: dsc(expected == organ.code, labels == organ.code) for organ in ORGANS}
+
+
+def test_a_process_repeats_itself_bit_for_bit(image: nib.Nifti1Image, expected: Labels) -> None:
+    cascade = Cascade.load("cpu", engine="openvino", threads=2)
+    for _ in range(2):
+        assert np.array_equal(find(cascade, image), expected)
+
+
+def test_files_of_two_processes_are_the_same_byte_for_byte(image: nib.Nifti1Image, tmp_path: Path) -> None:
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine), tmp_path / "ct.nii.gz")
+    written = []
+    # Several cases at a time, or one; and neighbours that differ.
+    for name, jobs in (("a", "1"), ("b", "3")):
+        folder = tmp_path / name
+        folder.mkdir()
+        for number in range(1 if jobs == "1" else 3):
+            (folder / f"{number}.nii.gz").symlink_to(tmp_path / "ct.nii.gz")
+        command = [sys.executable, "-m", "fastorgan", "predict", str(folder), str(tmp_path / f"out{name}")]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "app")}
+        subprocess.run([*command, "--device", "cpu", "--jobs", jobs], check=True, env=environment)
+        written += [path.read_bytes() for path in sorted((tmp_path / f"out{name}").iterdir())]
+    assert len(written) == 4
+    assert len(set(written)) == 1
+
+
+@pytest.mark.parametrize("threads", [1, 3, 4])
+def test_threads_change_next_to_no_voxel(threads: int, image: nib.Nifti1Image, expected: Labels) -> None:
+    labels = find(Cascade.load("cpu", engine="openvino", threads=threads), image)
+    same = float((labels == expected).mean())
+    print(f"{threads} threads: {same:.6%} of voxels")
+    assert same >= LEAST_SAME
+    # Most voxels are background: the organs themselves must agree as well.
+    assert min(agreement(labels, expected).values()) >= LEAST_DSC
+
+
+def test_torch_agrees_with_openvino(image: nib.Nifti1Image, expected: Labels) -> None:
+    pytest.importorskip("torch")
+    found = agreement(find(Cascade.load("cpu", engine="torch", threads=2), image), expected)
+    print(found)
+    assert min(found.values()) >= LEAST_DSC
+
+
+def test_half_precision_agrees_with_single(
+    image: nib.Nifti1Image, expected: Labels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a GPU runs, without one: weights, inputs and the result of every layer are rounded to half precision; each
+    # layer adds up in single precision, as cuDNN does.
+    torch: Any = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a CPU")
+    module_to, tensor_to = torch.nn.Module.to, torch.Tensor.to
+    rounded = []
+
+    def move_module(module: Any, device: Any, kind: Any, **more: Any) -> Any:
+        assert kind is torch.float16
+        for layer in module.modules():
+            if not list(layer.children()):
+                layer.register_forward_hook(lambda _, __, result: result.half().float())
+                rounded.append(layer)
+        return module_to(module_to(module, torch.float16), "cpu", torch.float32, **more)
+
+    def move_tensor(tensor: Any, device: Any, *kind: Any, **more: Any) -> Any:
+        if isinstance(device, torch.device) and device.type == "cuda":
+            assert kind == (torch.float16,)
+            return tensor.half().float()
+        return tensor_to(tensor, device, *kind, **more)
+
+    monkeypatch.setattr(torch.nn.Module, "to", move_module)
+    monkeypatch.setattr(torch.Tensor, "to", move_tensor)
+    cascade = Cascade(TorchRuntime("cuda:0"), Weights.find())
+    assert cascade.engine.precision == "f16"
+    assert len(rounded) > 50
+    labels = find(cascade, image)
+    assert not np.array_equal(labels, expected), "nothing was rounded"
+    found = agreement(labels, expected)
+    print(found)
+    assert min(found.values()) >= LEAST_DSC
