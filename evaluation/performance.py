@@ -15,6 +15,7 @@ def add_commands(commands: "Commands") -> None:
     _add_scaling(commands)
     _add_floors(commands)
     _add_stretch(commands)
+    _add_engines(commands)
 
 
 def _add_benchmark(commands: "Commands") -> None:
@@ -148,6 +149,48 @@ def _stretch(args: argparse.Namespace) -> int:
 
     stretch(args.ct, args.out, args.slices)
     print(args.out)
+    return 0
+
+
+def _add_engines(commands: "Commands") -> None:
+    parser = commands.add_parser(
+        "engines",
+        help="time, memory, size and DSC of several engines and precisions",
+        description="""\
+Run the cascade end to end on labelled CTs with the same weights in several
+engines and precisions, each in a process of its own: medians of the networks'
+seconds, and mean DSC with its change against the first engine.""",
+        epilog="""\
+openvino int8 needs weights that `python -m training quantise` was run on, and
+onnxruntime needs the packages onnxruntime, onnx and onnxscript.
+
+example:
+  python -m evaluation engines data sample --cases hcc002pv lidc0001""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "data",
+        type=Path,
+        nargs="+",
+        metavar="DATA",
+        help="a folder with images/NAME_0000.nii.gz and labels/NAME.nii.gz",
+    )
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="these alone (default: all)")
+    parser.add_argument("--engines", nargs="+", metavar="NAME", help="these alone (default: all)")
+    parser.add_argument("--weights", type=Path, metavar="DIR", help="others than the released ones")
+    parser.set_defaults(run=_engines)
+
+
+def _engines(args: argparse.Namespace) -> int:
+    from fastorgan.weights import Weights
+
+    from .engines import CANDIDATES, compare, find_cases, header
+
+    cases = [case for folder in args.data for case in find_cases(folder, args.cases)]
+    names = args.engines or list(CANDIDATES)
+    print(f"{len(cases)} CTs; DSC in %, and its change against {names[0]}")
+    print(header(), flush=True)
+    compare(names, cases, Weights.find(args.weights).folder)
     return 0
 
 

@@ -2,14 +2,17 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from types import ModuleType
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
 from fastorgan import runtime
 from fastorgan.box import CROP_SIZE, ROI_SIZE
 from fastorgan.errors import DeviceError
-from fastorgan.runtime import INPUT_SIZES, choose_runtime, resolve_device, usable_cores
+from fastorgan.runtime import INPUT_SIZES, OpenVinoRuntime, choose_runtime, resolve_device, usable_cores
+from fastorgan.weights import Weights
 
 
 class Driver:
@@ -137,6 +140,51 @@ def test_a_card_that_torch_does_not_see_is_refused(monkeypatch: pytest.MonkeyPat
     vars(cuda).update(is_available=lambda: True, device_count=lambda: 2)
     with pytest.raises(DeviceError, match=r"^cuda:2 is not available: torch sees 2 GPU\(s\)\Z"):
         choose_runtime("cuda:2")
+
+
+# Precisions
+
+
+@pytest.mark.parametrize(
+    ("files", "able", "precision"),
+    [
+        ((".xml", ".bin"), ["FP32"], "f32"),
+        ((".xml", ".bin"), ["FP32", "BF16"], "bf16"),
+        ((".xml", ".bin", "-int8.xml", "-int8.bin"), ["FP32", "INT8", "BF16"], "int8"),
+    ],
+)
+def test_the_precision_suits_the_processor_and_the_weights(
+    monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...], able: list[str], precision: str
+) -> None:
+    read: list[str] = []
+    settings: list[dict[str, object]] = []
+
+    class Core:
+        def get_property(self, device: str, name: str) -> list[str]:
+            assert (device, name) == ("CPU", "OPTIMIZATION_CAPABILITIES")
+            return able
+
+        def read_model(self, *content: bytes) -> None:
+            read.extend(part.decode() for part in content)
+
+        def compile_model(self, model: None, device: str, asked: dict[str, object]) -> Any:
+            settings.append(asked)
+            return SimpleNamespace(create_infer_request=lambda: None)
+
+    class Release(Weights):
+        def read(self, network: str, suffix: str) -> bytes:
+            return suffix.encode()
+
+    names = {f"roi{suffix}": "" for suffix in files}
+    weights = Release(Path(), {"networks": {"roi": {"sha256": names}}})
+    chosen = OpenVinoRuntime(2)
+    monkeypatch.setattr(chosen, "_core", Core())
+    chosen.load(weights, "roi")
+    assert chosen.engine.precision == precision
+    assert read == list(files[-2:])
+    # What is not in eight bits stays in floats.
+    assert settings[0]["INFERENCE_PRECISION_HINT"] == ("bf16" if precision == "bf16" else "f32")
+    assert settings[0]["INFERENCE_NUM_THREADS"] == 2
 
 
 # Facts

@@ -21,7 +21,7 @@ from fastorgan import box
 from fastorgan.errors import WeightsError
 from fastorgan.networks import SlimRoiUNet
 from fastorgan.networks.blocks import parameter_count
-from fastorgan.runtime import INPUT_SIZES, choose_runtime
+from fastorgan.runtime import INPUT_SIZES, OpenVinoRuntime, Runtime, choose_runtime
 from fastorgan.weights import MANIFEST, Weights
 from tests.synthetic_cache import one_thread, write_cache
 from training import export as exporting
@@ -85,8 +85,9 @@ def assert_engines_compute_what_was_trained(path: Path, weights: Weights, networ
     trained.load_state_dict(read_checkpoint(path, CPU)["export"])
     with torch.no_grad():
         expected = trained(torch.from_numpy(x)[None, None])[0].numpy()
-    for engine in ("openvino", "torch"):
-        logits = choose_runtime("cpu", engine, 1).load(weights, network)(x)
+    engines: tuple[Runtime, Runtime] = (OpenVinoRuntime(1, "f32"), choose_runtime("cpu", "torch", 1))
+    for engine in engines:
+        logits = engine.load(weights, network)(x)
         assert logits.shape == (5 if network == "organs" else 1, *SMALL)
         assert logits.dtype == np.float32
         # Weights are rounded to half precision.
@@ -156,7 +157,11 @@ def test_a_second_network_and_a_newer_one_join_the_first(released: Path, tmp_pat
     assert {name: both.sha256[name] for name in first} == first
     assert_engines_compute_what_was_trained(tmp_path / "organs" / CHECKPOINT, both, "organs", "slim")
 
+    for name in ("roi-int8.xml", "roi-int8.bin", "organs-int8.xml"):
+        (out / name).touch()
     export("roi", checkpoint(tmp_path / "roi", "roi", "paper"), out, "2.0")
+    # What was made of the roi net before is not of this one.
+    assert [path.name for path in out.glob("*-int8*")] == ["organs-int8.xml"]
     newer = Weights.find(out)
     assert (newer.version, newer.variant("organs"), newer.variant("roi")) == ("2.0", "densevnet", "paper")
     assert all(newer.sha256[name] != first[name] for name in first)

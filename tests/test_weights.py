@@ -46,6 +46,9 @@ def test_files_are_read_and_described(folder: Path) -> None:
     assert weights.variant("organs") == "paper"
     assert weights.sha256 == {"roi.xml": digest(ROI_XML), "organs.bin": digest(ORGANS_BIN)}
     assert weights.read("roi", ".xml") == ROI_XML
+    assert weights.holds("roi", ".xml")
+    assert not weights.holds("roi", "-int8.xml")
+    assert not weights.holds("spine", ".xml")
     assert weights.read("organs", ".bin") == ORGANS_BIN
 
 

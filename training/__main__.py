@@ -97,6 +97,17 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--version", required=True, help="of the weights, for the manifest")
     export.set_defaults(run=_export)
 
+    quantise = commands.add_parser(
+        "quantise",
+        help="add to released weights their form in eight bits, which a CPU runs faster",
+        description="Needs NNCF (pip install nncf). To be run again after each export.",
+        epilog="example: python -m training quantise --data DATA",
+    )
+    quantise.add_argument("--data", type=Path, required=True, help="the training data: images/ and labels/")
+    quantise.add_argument("--weights", type=Path, default=Path("weights"), help="folder of released weights")
+    quantise.add_argument("--every", type=_count, default=3, help="take every N-th scan (default: 3)")
+    quantise.set_defaults(run=_quantise)
+
     left_out = commands.add_parser(
         "left-out",
         help="segment the patients that a run of `fit --fold` left out, to be scored",
@@ -177,6 +188,19 @@ def _left_out(options: argparse.Namespace) -> int:
 
     for case in segment_left_out(options.folder, options.data, options.out):
         print(options.out / f"{case.name}.nii.gz", flush=True)
+    return 0
+
+
+def _quantise(options: argparse.Namespace) -> int:
+    _need_torch()
+    from fastorgan.weights import Weights
+
+    from .cases import find_cases
+    from .quantise import quantise
+
+    scans = [case.image for case in find_cases(options.data)][:: options.every]
+    quantise(Weights.find(options.weights), scans)
+    print(f"{options.weights}: both networks in eight bits, by {len(scans)} scans")
     return 0
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastorgan.errors import WeightsError
-from fastorgan.runtime import INPUT_SIZES, choose_runtime
+from fastorgan.runtime import INPUT_SIZES, INT8, OpenVinoRuntime, Runtime, choose_runtime
 from fastorgan.weights import MANIFEST, Weights
 
 from .checkpoint import read_checkpoint
@@ -66,7 +66,7 @@ def export(network: str, checkpoint: Path, out: Path, version: str) -> float:
         files = [f"{network}{suffix}" for suffix in SUFFIXES]
         manifest["networks"][network] = {
             "variant": state["variant"] if network == "roi" else "densevnet",
-            "sha256": {name: _sha256(fresh / name) for name in files},
+            "sha256": {name: sha256(fresh / name) for name in files},
         }
         difference = engine_difference(Weights(fresh, manifest), network)
         # Written so that NaN, from weights that are not finite, fails too.
@@ -74,6 +74,9 @@ def export(network: str, checkpoint: Path, out: Path, version: str) -> float:
             raise WeightsError(f"{checkpoint}: the engines' logits differ by {difference:.3g} of their spread")
         for name in files:
             (fresh / name).replace(out / name)
+    for suffix in (".xml", ".bin"):
+        # In eight bits the network is still the one before; `quantise` makes it anew.
+        (out / f"{network}{INT8}{suffix}").unlink(missing_ok=True)
     (out / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return difference
 
@@ -83,7 +86,8 @@ def engine_difference(weights: Weights, network: str) -> float:
     random = np.random.default_rng(0)
     coarse = torch.from_numpy(random.normal(0, 1, (1, 1, 12, 16, 24)).astype(np.float32))
     x = nn.functional.interpolate(coarse, INPUT_SIZES[network], mode="trilinear")[0, 0].clamp(-1, 1).numpy()
-    first, second = (choose_runtime("cpu", engine).load(weights, network)(x) for engine in ("openvino", "torch"))
+    engines: tuple[Runtime, Runtime] = (OpenVinoRuntime(precision="f32"), choose_runtime("cpu", "torch"))
+    first, second = (engine.load(weights, network)(x) for engine in engines)
     return float(np.abs(first - second).max() / first.std())
 
 
@@ -93,5 +97,6 @@ def _manifest(out: Path) -> dict[str, Any]:
     return {"version": "", "networks": {}}
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Hexadecimal digits of a file's SHA-256."""
     return hashlib.sha256(path.read_bytes()).hexdigest()

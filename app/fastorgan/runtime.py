@@ -29,6 +29,9 @@ Network = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 ENGINES = ("auto", "openvino", "torch")
 
+INT8 = "-int8"
+"""Between a network's name and .xml or .bin where its products are in eight bits (`training.quantise`)."""
+
 INPUT_SIZES = {"roi": ROI_SIZE, "organs": CROP_SIZE}
 
 
@@ -162,13 +165,18 @@ class FallbackRuntime:
 
 
 class OpenVinoRuntime:
-    """OpenVINO on the CPU, in float32.
+    """OpenVINO on the CPU.
+
+    Args:
+        threads: None takes all cores that the process may use.
+        precision: of the products: "int8", "bf16" or "f32"; "auto" is int8 where the weights have a form of the network
+            in eight bits, else bf16 where the processor has instructions for it, else f32.
 
     Raises:
         DeviceError: if OpenVINO is not installed.
     """
 
-    def __init__(self, threads: int | None = None):
+    def __init__(self, threads: int | None = None, precision: str = "auto"):
         try:
             import openvino
         except ImportError as error:
@@ -176,22 +184,25 @@ class OpenVinoRuntime:
         self.faults: list[str] = []
         self._core = openvino.Core()
         self.threads = threads or usable_cores()
-        self._settings: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "f32",
-            "INFERENCE_NUM_THREADS": self.threads,
-        }
+        self._wish = self._precision = precision
 
     @property
     def engine(self) -> Engine:
         """What this runs, for the report."""
         version = importlib.metadata.version("openvino")
-        return Engine("openvino", version, "cpu", cpu_name(), "f32", self.threads)
+        return Engine("openvino", version, "cpu", cpu_name(), self._precision, self.threads)
 
     def load(self, weights: Weights, network: str) -> Network:
         """Compile a network from its intermediate representation (.xml and .bin)."""
-        model = self._core.read_model(weights.read(network, ".xml"), weights.read(network, ".bin"))
-        compiled = self._core.compile_model(model, "CPU", self._settings)
+        form = INT8 if self._choose(weights, network) == "int8" else ""
+        model = self._core.read_model(weights.read(network, f"{form}.xml"), weights.read(network, f"{form}.bin"))
+        settings: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            # Of what is not in eight bits, where anything is.
+            "INFERENCE_PRECISION_HINT": "bf16" if self._precision == "bf16" else "f32",
+            "INFERENCE_NUM_THREADS": self.threads,
+        }
+        compiled = self._core.compile_model(model, "CPU", settings)
         request = compiled.create_infer_request()
         # One pass at a time: each request more would hold the network's activations once more.
         busy = threading.Lock()
@@ -203,6 +214,17 @@ class OpenVinoRuntime:
             return logits
 
         return run
+
+    def _choose(self, weights: Weights, network: str) -> str:
+        if self._wish != "auto":
+            return self._wish
+        if weights.holds(network, f"{INT8}.xml"):
+            self._precision = "int8"
+        else:
+            # Asked for bf16 where there are no instructions for it, OpenVINO would compute in f32 and not say so.
+            able = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+            self._precision = "bf16" if "BF16" in able else "f32"
+        return self._precision
 
 
 class TorchRuntime:

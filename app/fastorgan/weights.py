@@ -70,6 +70,10 @@ class Weights:
             raise WeightsError(f"{self.folder / MANIFEST}: holds no network {network!r}")
         return str(self.manifest["networks"][network]["variant"])
 
+    def holds(self, network: str, suffix: str) -> bool:
+        """Whether the release has a network's file with the given suffix."""
+        return f"{network}{suffix}" in self.manifest["networks"].get(network, {}).get("sha256", {})
+
     def read(self, network: str, suffix: str) -> bytes:
         """Read a network's file with the given suffix, such as ".safetensors", and check it.
 
