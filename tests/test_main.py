@@ -294,6 +294,7 @@ def test_the_report_holds_the_options(inputs: Path) -> None:
         "series": None,
         "dicom_seg": False,
         "grand_challenge": None,
+        "shard": None,
         "debug": False,
     }
 
@@ -407,3 +408,11 @@ def test_completion_without_shtab_says_what_to_install(
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["completion", "bash"]) == 2
     assert "pip install shtab" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shard", ["3", "2/2", "-1/2", "a/b", "1/0", "1/2/3"])
+def test_a_shard_that_is_none_is_refused(shard: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["predict", "in", "out", f"--shard={shard}"])
+    assert caught.value.code == 2
+    assert "is not I/N with I from 0 to N - 1" in capsys.readouterr().err

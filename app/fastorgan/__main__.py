@@ -154,6 +154,12 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         metavar="SOCKET",
         help="read INPUT/images/ct/*.mha and write OUTPUT/images/SOCKET/*.mha, as grand-challenge.org does",
     )
+    predict.add_argument(
+        "--shard",
+        metavar="I/N",
+        type=_shard,
+        help="take every N-th case from the I-th, I from 0, as one of N processes",
+    )
     predict.add_argument("--resume", action="store_true", help="leave out the cases whose labels are there already")
     predict.add_argument(
         "--max-voxels", metavar="N", type=_positive, help="refuse larger volumes (default: 2147483648)"
@@ -234,7 +240,7 @@ def _predict(options: argparse.Namespace) -> int:
         options.dicom_seg,
     )
     jobs = _jobs(options)
-    if options.dicom_seg and not any(job.series for job in jobs):
+    if options.dicom_seg and jobs and not any(job.series for job in jobs):
         raise VolumeError("--dicom-seg needs a folder of DICOM slices as input")
     if options.cluster is None:
         report = run_batch(jobs, settings)
@@ -246,6 +252,14 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _jobs(options: argparse.Namespace) -> "list[Job]":
+    jobs = _all_jobs(options)
+    if options.shard is None:
+        return jobs
+    first, of = options.shard
+    return jobs[first::of]
+
+
+def _all_jobs(options: argparse.Namespace) -> "list[Job]":
     from .predict import plan_jobs
 
     if options.grand_challenge is None:
@@ -291,6 +305,13 @@ def _phantom(options: argparse.Namespace) -> int:
             save_image(volume, path)
             say(str(path))
     return 0
+
+
+def _shard(text: str) -> tuple[int, int]:
+    first, slash, of = text.partition("/")
+    if not (slash and first.isdecimal() and of.isdecimal() and int(first) < int(of)):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 0 to N - 1")
+    return int(first), int(of)
 
 
 def _positive(text: str) -> int:
