@@ -1,9 +1,13 @@
 import gzip
 import json
 import os
+import re
+import shutil
 import struct
+import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -481,6 +485,51 @@ def test_a_report_that_can_no_longer_be_written_costs_no_case(
         folders.run(report=folders.outputs / "run.json")
     assert calls == [0, 1, 2, 3, 3]
     assert [folders.is_whole(folders.outputs / f"{case}.nii.gz") for case in "abc"] == [True] * 3
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a disk of 64 KiB, or another one as the options say."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("no right to mount a disk")
+        return place
+
+    yield mount
+    subprocess.run(["umount", str(place)], capture_output=True, check=False)
+
+
+def test_a_full_disk_is_one_line_a_case_and_leaves_nothing(
+    folders: Folders, disk: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders.put("a.nii.gz", "b.nii.gz")
+    place = disk("size=64k")
+    (place / "run.json").write_text("old")
+    with pytest.raises(OSError), (place / "filler").open("wb") as file:
+        file.write(bytes(1 << 20))
+    with pytest.raises(FastorganError, match=r"run\.json: cannot be written \(No space left on device\)"):
+        folders.run(output=place, report=place / "run.json")
+    capsys.readouterr()
+    report = folders.run(output=place)
+    assert [case.status for case in report.cases] == [Status.FAILED] * 2
+    assert capsys.readouterr().err.splitlines() == [
+        f"fastorgan: {place / name}: cannot be written (No space left on device)" for name in ("a.nii.gz", "b.nii.gz")
+    ]
+    assert sorted(path.name for path in place.iterdir()) == ["filler", "run.json"]
+    assert (place / "run.json").read_text() == "old"
+
+
+def test_a_read_only_disk_stops_the_batch_before_its_first_case(folders: Folders, disk: Callable[[str], Path]) -> None:
+    folders.put("a.nii.gz")
+    place = disk("ro")
+    with pytest.raises(VolumeError, match=rf"^{re.escape(str(place))}: cannot be written to; "):
+        folders.run(output=place)
+    with pytest.raises(VolumeError, match=r"new: cannot be made \(Read-only file system\)"):
+        folders.run(output=place / "new")
 
 
 class Deaf:

@@ -5,6 +5,7 @@ reverse order. For a NIfTI file in memory this is a view: no voxel is moved.
 """
 
 import math
+import os
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -253,12 +254,14 @@ def make_folder(folder: Path) -> None:
     """Make a folder for volumes, and those above it, where there is none.
 
     Raises:
-        VolumeError: if it cannot be made.
+        VolumeError: if it cannot be made, or not written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise VolumeError(f"{folder}: cannot be made ({error.strerror or error})") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise VolumeError(f"{folder}: cannot be written to; choose another folder, or mend its permissions")
 
 
 def save_image(image: nib.Nifti1Image, path: Path) -> None:
@@ -281,7 +284,7 @@ def save_image(image: nib.Nifti1Image, path: Path) -> None:
                 with pack_to(partial) as stream:
                     image.to_stream(stream)
     except OSError as error:
-        raise VolumeError(f"{path}: cannot be written ({_one_line(error)})") from error
+        raise VolumeError(f"{path}: cannot be written ({error.strerror or _one_line(error)})") from error
 
 
 def _three_axes(shape: tuple[int, ...], name: str) -> tuple[int, int, int]:
