@@ -364,6 +364,25 @@ def test_an_unforeseen_error_is_one_failure_unless_debugging(
         folders.run(jobs=1, debug=True)
 
 
+def test_memory_that_runs_out_costs_one_case(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, by_hu: Cascade, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, _ = folders.put("a.nii.gz", "b.nii.gz")
+    find, calls = by_hu.find_organs, list[int]()
+
+    def find_organs(volume: Volume) -> Segmentation:
+        calls.append(1)
+        if len(calls) == 1:
+            raise MemoryError
+        return find(volume)
+
+    monkeypatch.setattr(by_hu, "find_organs", find_organs)
+    report = folders.run(jobs=1)
+    assert [case.status for case in report.cases] == [Status.FAILED, Status.DONE]
+    line = f"fastorgan: {bad}: does not fit into this machine's memory; --jobs 1 needs the least\n"
+    assert capsys.readouterr().err == line
+
+
 def test_an_interrupt_ends_the_batch_and_keeps_the_report(
     folders: Folders, monkeypatch: pytest.MonkeyPatch, by_hu: Cascade
 ) -> None:

@@ -293,6 +293,8 @@ def run_case(loaded: Future[Cascade], job: Job, sampler: MemorySampler, settings
             extra = settings.outputs.of_case(case, warned=bool(warnings))
         except caught as error:
             text = str(error) if isinstance(error, FastorganError) else _unforeseen(job, error)
+            if isinstance(error, MemoryError):
+                text = f"{job.source}: does not fit into this machine's memory; --jobs 1 needs the least"
             if isinstance(error, DeviceError):
                 # It knows of cards and not of files.
                 text = f"{job.source}: {text}"
