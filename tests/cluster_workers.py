@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 from fastorgan.cluster import Facts
 from fastorgan.errors import WeightsError
@@ -24,12 +25,22 @@ class Stub:
             notes.write(f"{os.getpid()} ")
         times = len(job.target.with_name(f"{name}.begun").read_text().split())
         time.sleep(0.3 if "slow" in name else 0.05)
+        if "meeting" in name:
+            # meeting3_0 waits until three workers are at work.
+            deadline = time.monotonic() + 60
+            while time.monotonic() < deadline and len(_begun_by(job.target.parent)) < int(name[7]):
+                time.sleep(0.05)
         if "deadly" in name or ("unlucky" in name and times == 1):
             os._exit(9)
         if "broken" in name:
             return CaseRecord(str(job.source), Status.FAILED, error=f"{job.source}: broken")
         job.target.write_text("labels")
         return CaseRecord(str(job.source), Status.DONE, str(job.target))
+
+
+def _begun_by(folder: Path) -> set[str]:
+    """The processes that have begun any case."""
+    return {process for notes in folder.glob("*.begun") for process in notes.read_text().split()}
 
 
 class Unfit(Stub):

@@ -68,7 +68,8 @@ def run(nodes: Any, jobs: list[Job], **settings: Any) -> list[CaseRecord]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("stubs")
 def test_cases_are_shared_out_and_their_records_come_in_order(two_nodes: Any, tmp_path: Path) -> None:
-    names = ["slow0", *(f"c{i}" for i in range(9)), "broken", "slow1"]
+    # The first worker waits with its two until the other one is there.
+    names = ["meeting2_0", "meeting2_1", "slow0", *(f"c{i}" for i in range(9)), "broken", "slow1"]
     records = run(two_nodes, cases(tmp_path, *names))
     assert [Path(record.input).name for record in records] == names
     assert [record.status for record in records] == [
@@ -107,7 +108,7 @@ def test_a_case_that_kills_every_worker_fails_alone(two_nodes: Any, tmp_path: Pa
 @pytest.mark.usefixtures("stubs")
 def test_a_node_that_goes_is_done_without_and_one_that_comes_is_used(two_nodes: Any, tmp_path: Path) -> None:
     extra = two_nodes.add_node(num_cpus=1)
-    names = [f"slow{i}" for i in range(40)]
+    names = [*(f"meeting3_{i}" for i in range(4)), *(f"slow{i}" for i in range(36))]
     with Cluster(two_nodes.address, SETTINGS) as found:
         found.facts()
         records = []
