@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from fastorgan.labels import ORGANS
 from fastorgan.outputs import Outputs
 from fastorgan.plausibility import Evidence
 from fastorgan.predict import Job, Settings, case_name, judged, plan_jobs, run_batch, warnings_for
-from fastorgan.report import OrganMeasure, RunReport, Status
+from fastorgan.report import CaseRecord, Engine, OrganMeasure, RunReport, Status
 from fastorgan.roi import Roi
 from fastorgan.volume import Volume
 
@@ -999,3 +1000,23 @@ def test_several_series_in_a_folder_need_a_choice(folders: Folders, study: Path)
     assert first.obstacle is not None
     assert first.obstacle.startswith("holds 2 series")
     assert other.obstacle is None
+
+
+def test_a_report_that_takes_long_to_write_is_written_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "_REPORT_EVERY", 2)
+    jobs = [Job(Path(f"c{i}"), Path(f"o{i}")) for i in range(100)]
+    records = [CaseRecord(str(job.source), Status.FAILED, error="x") for job in jobs]
+    report = RunReport(Engine("fake", "1", "cpu", None, "f32", 1), {}, {})
+    written = []
+
+    def slowly(report: RunReport, path: Path) -> None:
+        written.append(len(report.cases))
+        time.sleep(0.2)
+
+    monkeypatch.setattr(RunReport, "write", slowly)
+    predict.note_cases(report, jobs, records, Settings(report=tmp_path / "run.json"))
+    assert len(report.cases) == 100
+    # The next is due four seconds later.
+    assert written == [1, 2]

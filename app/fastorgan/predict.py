@@ -42,6 +42,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+_REPORT_EVERY = 200
+"""Up to so many cases the report is written after each."""
+
+_REPORT_REST = 20
+"""Behind them it is left alone for so many times as long as its writing took."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One case.
@@ -232,13 +239,17 @@ def note_cases(report: RunReport, jobs: Sequence[Job], records: Iterable[CaseRec
         records: of the cases, in the order of `jobs`.
         settings: of the run.
     """
+    due = 0.0
     for number, (job, record) in enumerate(_with_progress(zip(jobs, records, strict=True), len(jobs)), 1):
         report.cases.append(record)
         _tell(record, job, number, len(jobs))
-        if settings.report is not None:
+        if settings.report is not None and (number <= _REPORT_EVERY or time.perf_counter() >= due):
+            begun = time.perf_counter()
             # Should the disk be full, the cases go on, and the last report says so.
             with suppress(FastorganError):
                 report.write(settings.report)
+            # Of thousands of cases the report takes as long to write as a case to segment.
+            due = time.perf_counter() + _REPORT_REST * (time.perf_counter() - begun)
 
 
 @contextmanager
