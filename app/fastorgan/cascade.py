@@ -114,6 +114,8 @@ class Cascade:
         with timer.stage("restore"):
             voxel_mm3 = np.prod(np.multiply(roi.box.size, volume.spacing)) / np.prod(CROP_SIZE)
             margins = organ_margins(logits, float(voxel_mm3))
+            # As large as the margins once more, while the labels take their place.
+            del logits
             labels = restore_labels(margins, roi.box, volume)
         with timer.stage("check"):
             evidence = examine(margins, crop, roi.box, volume)

@@ -5,6 +5,7 @@ reverse order. For a NIfTI file in memory this is a view: no voxel is moved.
 """
 
 import math
+import mmap
 import os
 from dataclasses import dataclass
 from itertools import product
@@ -121,7 +122,11 @@ class FileGrid:
 
     def empty_labels(self) -> NDArray[np.uint8]:
         """Zeros of the file's shape, laid out as NIfTI stores them (first axis fastest)."""
-        return np.zeros(self.shape, np.uint8, order="F")
+        if not hasattr(mmap, "MAP_PRIVATE"):
+            return np.zeros(self.shape, np.uint8, order="F")
+        # NumPy asks for pages of 2 MiB: wherever there is an organ, whole slices would take memory.
+        memory = mmap.mmap(-1, math.prod(self.shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return np.frombuffer(memory, np.uint8).reshape(self.shape, order="F")
 
     def box_in_file(self, box: Box) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """First and one past the last voxel, on the file's own axes, of the smallest box that holds `box`."""
