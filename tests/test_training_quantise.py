@@ -34,7 +34,7 @@ def test_the_networks_inputs_are_the_cascades_own(scan: Path) -> None:
 
 def test_without_nncf_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nncf", None)
-    with pytest.raises(QuantiseError, match="pip install nncf"):
+    with pytest.raises(QuantiseError, match=r"pip install 'fastorgan\[quantise\]'"):
         quantise(Weights.find(), [])
 
 

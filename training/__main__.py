@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     quantise = commands.add_parser(
         "quantise",
         help="add to released weights their form in eight bits, which a CPU runs faster",
-        description="Needs NNCF (pip install nncf). To be run again after each export.",
+        description="Needs NNCF: pip install '.[quantise]'. To be run again after each export.",
         epilog="example: python -m training quantise --data DATA",
     )
     quantise.add_argument("--data", type=Path, required=True, help="the training data: images/ and labels/")

@@ -43,7 +43,7 @@ def quantise(weights: Weights, scans: Sequence[Path]) -> None:
         import nncf
         import openvino
     except ImportError as error:
-        raise QuantiseError(f"eight bits need NNCF: pip install nncf ({error})") from error
+        raise QuantiseError(f"eight bits need NNCF: pip install 'fastorgan[quantise]' ({error})") from error
     core = openvino.Core()
     for network, values in network_inputs(weights, scans).items():
         model = core.read_model(weights.read(network, ".xml"), weights.read(network, ".bin"))
