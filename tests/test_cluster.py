@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,6 +163,30 @@ def test_one_report_has_every_case_once(two_nodes: Any, tmp_path: Path) -> None:
     assert stored["counts"] == {"done": 2, "failed": 1, "skipped": 0}
     assert [case["input"] for case in stored["cases"]] == [str(job.source) for job in jobs]
     assert stored["engine"]["name"] == "fake"
+
+
+class Halt(BaseException):
+    """What a signal's handler raises."""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("stubs")
+def test_a_sigterm_ends_the_run_by_the_commands_handler_and_not_rays(two_nodes: Any, tmp_path: Path) -> None:
+    def halt(*_: object) -> None:
+        raise Halt
+
+    before = signal.signal(signal.SIGTERM, halt)
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    try:
+        with Cluster(two_nodes.address, SETTINGS) as found:
+            found.facts()
+            timer.start()
+            with pytest.raises(Halt):
+                # Waits for more workers than there are.
+                list(found.records(cases(tmp_path, "meeting9_0")))
+    finally:
+        timer.join()
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_no_cluster_at_an_address_is_said_in_one_line(tmp_path: Path) -> None:

@@ -5,7 +5,10 @@ the same path on every machine; nothing but the case's record comes back. Whoeve
 is: those of a worker that died go to another. Needs Ray, which the extra `cluster` brings, on every machine.
 """
 
+import logging
 import os
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -150,11 +153,16 @@ class Cluster:
             options["include_dashboard"] = False
         elif self._address.startswith("ray://"):
             options = {}
+        on_term = signal.getsignal(signal.SIGTERM)
         try:
             self._ray.init(self._address, **options)
         except Exception as error:
             # Ray and gRPC have many ways to say that nobody answers.
             raise ClusterError(f"{self._address}: no Ray cluster answers ({_one_line(error)})") from error
+        finally:
+            # Ray's own handler ends the process without a chance to put anything in order.
+            if threading.current_thread() is threading.main_thread() and on_term is not None:
+                signal.signal(signal.SIGTERM, on_term)
         on_gpus = self._settings.device.startswith("cuda") or (
             self._settings.device == "auto" and self._ray.cluster_resources().get("GPU", 0) >= 1
         )
@@ -236,7 +244,13 @@ class Cluster:
         if not refs:
             time.sleep(WAIT_S)
             return []
-        done: list[Any] = self._ray.wait(refs, timeout=WAIT_S)[0]
+        try:
+            done: list[Any] = self._ray.wait(refs, timeout=WAIT_S)[0]
+        except SystemError as error:
+            # Ray's compiled code wraps what a signal's handler raises.
+            if isinstance(error.__cause__, BaseException) and not isinstance(error.__cause__, Exception):
+                raise error.__cause__ from None
+            raise
         return done
 
     def _has_room(self, hand: _Hand, deaths: list[int], index: int) -> bool:
@@ -334,6 +348,7 @@ def _ray() -> Any:
         import ray
     except ImportError as error:
         raise ClusterError("--cluster needs Ray: pip install 'fastorgan[cluster]'") from error
+    logging.getLogger("ray").setLevel(logging.ERROR)
     return ray
 
 
