@@ -13,7 +13,7 @@ from fastorgan.weights import MANIFEST, Weights
 
 from .cases import Case, DataError, find_cases
 from .checkpoint import CHECKPOINT, read_checkpoint
-from .export import SUFFIXES, export
+from .export import export
 
 
 def segment_left_out(run: Path, data: Path, out: Path, released: Path | None = None) -> Iterator[Case]:
@@ -48,7 +48,7 @@ def segment_left_out(run: Path, data: Path, out: Path, released: Path | None = N
     with tempfile.TemporaryDirectory(prefix="fastorgan-") as folder:
         weights = Path(folder)
         found = Weights.find(released)
-        for name in (MANIFEST, *(f"{network}{s}" for network in found.manifest["networks"] for s in SUFFIXES)):
+        for name in (MANIFEST, *found.sha256):
             shutil.copyfile(found.folder / name, weights / name)
         export(state["kind"], run / CHECKPOINT, weights, "left-out")
         cascade = Cascade.load("cpu", weights=weights)
