@@ -127,7 +127,7 @@ def _above(hu: Hu, codes: Codes, size: NDArray[np.float64]) -> tuple[Hu, Codes] 
 
 
 def _head(hu: Hu, codes: Codes, size: NDArray[np.float64]) -> tuple[Hu, Codes] | None:
-    first = max(_span(codes)[1] + round(270 / size[2]), hu.shape[2] - round(250 / size[2]))
+    first = max(_span(codes)[1] + round(120 / size[2]), hu.shape[2] - round(200 / size[2]))
     return _part(hu, codes, first, hu.shape[2], size)
 
 
@@ -164,7 +164,7 @@ COPIES: dict[str, Spoil] = {
     "0 to 255": _squeezed,
     "chest": _above,
     "head": _head,
-    "pelvis, legs": _below,
+    "pelvis and legs": _below,
 }
 """By name what is done to a CT; the header is never told."""
 

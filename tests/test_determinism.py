@@ -111,6 +111,15 @@ def test_eight_bits_agree_with_single_precision(expected: Labels, whole: Labels)
     assert min(found.values()) >= LEAST_DSC_INT8
 
 
+def test_bf16_agrees_with_single_precision(image: nib.Nifti1Image, whole: Labels) -> None:
+    openvino: Any = pytest.importorskip("openvino")
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("the processor has no instructions for bf16, and OpenVINO would silently take f32")
+    found = agreement(find(Cascade(OpenVinoRuntime(2, "bf16"), Weights.find()), image), whole)
+    print(found)
+    assert min(found.values()) >= LEAST_DSC
+
+
 def test_torch_agrees_with_openvino(image: nib.Nifti1Image, whole: Labels) -> None:
     pytest.importorskip("torch")
     found = agreement(find(Cascade.load("cpu", engine="torch", threads=2), image), whole)
