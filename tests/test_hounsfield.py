@@ -91,7 +91,7 @@ def scaled(hu: NDArray[np.int16], low: float, high: float, dtype: str) -> NDArra
 @pytest.mark.parametrize(
     ("low", "high", "dtype", "said"),
     [
-        (0, 1, "f4", "between 0 and 1: scaled to a unit range, not HU; results mean nothing"),
+        (0, 1, "f4", "between 0 and 1: scaled to a unit range, not HU, so do not trust the result"),
         (-1, 1, "f8", "between -1 and 1: scaled to a unit range"),
         (0, 255, "u1", "between 0 and 255: grey levels of a picture, not HU"),
         (-160, 240, "i2", "between -160 and 240, none is air's or lung's: not HU, or cut to a window"),

@@ -87,8 +87,8 @@ def _doubt(hu: Values) -> str | None:
     span = f"values lie between {low:g} and {high:g}"
     checks: tuple[tuple[Callable[[], bool], str], ...] = (
         (lambda: low == high, f"every voxel has the value {low:g}"),
-        (lambda: low >= -1.5 and high <= 1.5, f"{span}: scaled to a unit range, not HU; results mean nothing"),
-        (lambda: low >= 0 and high <= 255, f"{span}: grey levels of a picture, not HU; results mean nothing"),
+        (lambda: low >= -1.5 and high <= 1.5, f"{span}: scaled to a unit range, not HU, so do not trust the result"),
+        (lambda: low >= 0 and high <= 255, f"{span}: grey levels of a picture, not HU, so do not trust the result"),
         (lambda: low > -200, f"{span}, none is air's or lung's: not HU, or cut to a window"),
         (lambda: _share(hu, -200.0, 300.0) < 0.001, f"{span}, none is soft tissue's; is this a CT in HU?"),
     )
