@@ -98,6 +98,22 @@ def test_hu_and_box_of_an_oblique_scan_are_the_files_own() -> None:
     assert np.allclose(found["spleen"].box_mm, [mm.min(axis=0), mm.max(axis=0)])
 
 
+def test_hu_that_were_mended_are_measured_in_oblique_scans_too() -> None:
+    # A body of 40 HU in air, stored with 1024 added: reading takes them off, and says so.
+    hu, codes = np.full((40, 40, 20), -1000, np.int16), np.zeros((40, 40, 20), np.uint8)
+    hu[8:32, 8:32] = 40
+    codes[10:20, 10:20, 5:15] = 1
+    for angle in (0.0, np.deg2rad(25)):
+        affine = np.diag([3.0, 3.0, 3.0, 1.0])
+        affine[:2, :2] = 3 * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        image = nib.Nifti1Image(hu + np.int16(1024), affine)
+        volume = read_volume(image, "case")
+        assert volume.warnings
+        found = organ_statistics(volume, codes, image)["liver"]
+        assert found.mean_hu == pytest.approx(40.0)
+        assert found.sd_hu == pytest.approx(0.0)
+
+
 def test_csv_has_one_row_per_case_and_organ(tmp_path: Path) -> None:
     path = tmp_path / "s.csv"
     write_statistics([("a", measured(*case())), ('b,"c', measured(*case()))], path)
@@ -134,3 +150,23 @@ def test_other_names_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(FastorganError, match=f"{name}: the name of a statistics file must end in .csv or .json"):
         write_statistics([], tmp_path / name)
     assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".json"])
+def test_a_table_can_be_continued(tmp_path: Path, suffix: str) -> None:
+    path, whole = tmp_path / f"s{suffix}", tmp_path / f"whole{suffix}"
+    organs = measured(*case())
+    write_statistics([("a", organs), ("b", {"liver": organs["kidney"]})], path)
+    write_statistics([("b", organs), ("c", organs)], path, keep=True)
+    write_statistics([("a", organs), ("b", organs), ("c", organs)], whole)
+    assert path.read_text() == whole.read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("s.json", "{"), ("s.json", "[1]"), ("s.json", '[{"a": 1}]'), ("s.csv", "a,b\n1,2\n")]
+)
+def test_what_is_no_table_is_not_continued(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(FastorganError, match="continued"):
+        write_statistics([], tmp_path / name, keep=True)
+    assert (tmp_path / name).read_text() == text

@@ -119,3 +119,14 @@ def test_an_interrupted_run_leaves_the_table_of_what_is_done(
     with pytest.raises(KeyboardInterrupt):
         run(inputs, Outputs(statistics=path))
     assert len(path.read_text().splitlines()) == 1 + 4
+
+
+def test_a_resumed_run_keeps_the_rows_of_what_is_done(inputs: Path) -> None:
+    path = inputs.parent / "organs.csv"
+    run(inputs, Outputs(statistics=path))
+    (inputs / "later.nii.gz").write_bytes((inputs / "ct_0000.nii.gz").read_bytes())
+    jobs = plan_jobs([inputs], inputs.parent / "out")
+    report = run_batch(jobs, Settings(device="cpu", resume=True, outputs=Outputs(statistics=path, resume=True)))
+    assert [case.status for case in report.cases] == ["skipped", "done"]
+    with path.open(newline="") as file:
+        assert [row["case"] for row in csv.DictReader(file)] == ["ct"] * 4 + ["later"] * 4

@@ -232,7 +232,7 @@ def _predict(options: argparse.Namespace) -> int:
         options.weights,
         options.jobs,
         options.report,
-        Outputs(options.preview, options.split, options.statistics, options.label_tables, options.page),
+        Outputs(options.preview, options.split, options.statistics, options.label_tables, options.page, options.resume),
         options.debug,
         shown,
         options.resume,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .errors import FastorganError
 from .files import whole_file
 from .labels import ORGANS
-from .volume import Affine, Volume
+from .volume import Affine, Volume, read_values
 
 SUFFIXES = (".csv", ".json")
 
@@ -84,7 +84,8 @@ def organ_statistics(volume: Volume, labels: NDArray[np.uint8], image: nib.Nifti
     codes = volume.grid.reorient(labels)
     stored, slope, intercept = volume.array, volume.slope, volume.intercept
     if volume.grid.upright is not None:
-        stored, slope, intercept = volume.grid.reorient(np.asanyarray(image.dataobj).reshape(labels.shape)), 1.0, 0.0
+        values, slope, intercept, _ = read_values(image, str(image.get_filename() or "the scan"))
+        stored = volume.grid.reorient(values)
     # From indices (z, y, x) of the reoriented grid to RAS mm.
     to_mm = (affine @ nib.orientations.inv_ornt_aff(volume.grid.orientation, volume.grid.shape))[:, [2, 1, 0, 3]]
     voxel_ml = float(np.prod(nib.affines.voxel_sizes(affine))) / 1000.0
@@ -108,19 +109,26 @@ def organ_statistics(volume: Volume, labels: NDArray[np.uint8], image: nib.Nifti
     return found
 
 
-def write_statistics(cases: Iterable[tuple[str, Mapping[str, OrganStatistics]]], path: Path) -> None:
+def write_statistics(
+    cases: Iterable[tuple[str, Mapping[str, OrganStatistics]]], path: Path, *, keep: bool = False
+) -> None:
     """Write a table with one row per case and organ, as CSV or JSON after the name's suffix, whole or not at all.
 
     Args:
         cases: names and statistics by organ name.
         path: the file; one that is there is replaced.
+        keep: leave the rows of other cases that an earlier run wrote to `path`.
 
     Raises:
-        FastorganError: the name ends in neither .csv nor .json, or the file cannot be written.
+        FastorganError: the name ends in neither .csv nor .json, the file cannot be written, or is no such table.
     """
-    rows = [{"case": case, "organ": name} | organ.to_dict() for case, organs in cases for name, organ in organs.items()]
     check_name(path)
-    text = json.dumps(rows, indent=1) + "\n" if path.suffix == ".json" else _csv(rows)
+    rows = [{"case": case, "organ": name} | organ.to_dict() for case, organs in cases for name, organ in organs.items()]
+    table = rows if path.suffix == ".json" else [_flat(row) for row in rows]
+    if keep and path.exists():
+        new = {row["case"] for row in rows}
+        table = [*(row for row in _read_table(path) if row["case"] not in new), *table]
+    text = json.dumps(table, indent=1) + "\n" if path.suffix == ".json" else _csv(table)
     try:
         with whole_file(path, path.suffix) as partial:
             # Bytes in a file's name that are no text must not stop the table.
@@ -139,17 +147,31 @@ def check_name(path: Path) -> None:
         raise FastorganError(f"{path}: the name of a statistics file must end in {' or '.join(SUFFIXES)}")
 
 
-def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
+def _read_table(path: Path) -> list[dict[str, Any]]:
+    """The rows of a table that `write_statistics` wrote."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = json.load(file) if path.suffix == ".json" else list(csv.DictReader(file))
+        if all(set(row) >= {"case", "organ"} for row in rows):
+            return list(rows)
+    except (OSError, ValueError, TypeError) as error:
+        raise FastorganError(f"{path}: cannot be continued ({' '.join(str(error).split())})") from error
+    raise FastorganError(f"{path}: no table of fastorgan's, so it cannot be continued; name another file")
+
+
+def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     """One number a column, so that spreadsheets can work with it; what is unknown is empty."""
+    box = row["box_mm"] or [[None] * 3] * 2
+    flat = {key: row[key] for key in CSV_COLUMNS if key in row}
+    flat |= {f"{axis}_{end}_mm": box[i][j] for i, end in enumerate(("min", "max")) for j, axis in enumerate("xyz")}
+    return flat | {f"touches_{side}": int(side in row["touches"]) for side in SIDES}
+
+
+def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
-    for row in rows:
-        box = row["box_mm"] or [[None] * 3] * 2
-        flat = {key: row[key] for key in CSV_COLUMNS if key in row}
-        flat |= {f"{axis}_{end}_mm": box[i][j] for i, end in enumerate(("min", "max")) for j, axis in enumerate("xyz")}
-        flat |= {f"touches_{side}": int(side in row["touches"]) for side in SIDES}
-        writer.writerow(flat)
+    writer.writerows(rows)
     return text.getvalue()
 
 

@@ -70,6 +70,7 @@ class Outputs:
         statistics: the table of all cases, .csv or .json.
         label_tables: the labels' names and colours for 3D Slicer and ITK-SNAP, in each folder of label files.
         page: the run report as a web page.
+        resume: keep the rows of the table that an earlier run wrote of other cases.
     """
 
     preview: bool = False
@@ -77,6 +78,7 @@ class Outputs:
     statistics: Path | None = None
     label_tables: bool = False
     page: Path | None = None
+    resume: bool = False
 
     def begin(self, folders: Sequence[Path]) -> None:
         """Write what needs no case, and say what cannot be written while no time has been lost yet.
@@ -86,7 +88,7 @@ class Outputs:
         """
         if self.statistics is not None:
             check_name(self.statistics)
-            write_statistics([], self.statistics)
+            write_statistics([], self.statistics, keep=self.resume)
         if self.page is not None:
             ReportPage(self.page).begin()
         if self.label_tables:
@@ -109,7 +111,10 @@ class Outputs:
                     warnings.append(f"no file per organ: {error}")
         if self.statistics is not None:
             with timer.stage("statistics"):
-                statistics = organ_statistics(case.volume, case.labels, case.image)
+                try:
+                    statistics = organ_statistics(case.volume, case.labels, case.image)
+                except FastorganError as error:
+                    warnings.append(f"no statistics: {error}")
         warnings += self._draw(case, timer, warned or bool(warnings))
         return CaseOutputs(warnings, timer.seconds, statistics)
 
@@ -163,7 +168,7 @@ class Outputs:
             return
         if self.statistics is not None:
             rows = [(stem(Path(c.output)), c.statistics) for c in report.cases if c.output and c.statistics]
-            write_statistics(rows, self.statistics)
+            write_statistics(rows, self.statistics, keep=self.resume)
         if self.page is not None:
             ReportPage(self.page).write(report.to_dict(), samples)
 

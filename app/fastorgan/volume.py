@@ -191,6 +191,34 @@ def read_volume(image: nib.Nifti1Image, name: str, *, hounsfield: bool = True) -
     orientation = nib.orientations.io_orientation(affine)
     if np.isnan(orientation).any():
         raise VolumeError(f"{name}: the affine does not tell the axes apart; mend the header")
+    stored, slope, intercept, warnings = read_values(image, name, hounsfield=hounsfield)
+    grid = FileGrid(shape, orientation)
+    array = grid.reorient(stored)
+    # Affine of the reoriented (z, y, x) grid to RAS mm in the order (z, y, x).
+    turned = affine @ nib.orientations.inv_ornt_aff(orientation, shape)
+    turned = turned[[2, 1, 0, 3]][:, [2, 1, 0, 3]]
+    z, y, x = (float(n) for n in np.linalg.norm(turned[:3, :3], axis=0))
+    if _tilt_degrees(turned) > OBLIQUE_DEGREES:
+        array, upright = _set_upright(array, turned, np.array([z, y, x]), (AIR_HU - intercept) / slope, name)
+        grid = FileGrid(shape, orientation, upright)
+    return Volume(array, (z, y, x), slope, intercept, grid, tuple(warnings))
+
+
+def read_values(
+    image: nib.Nifti1Image, name: str, *, hounsfield: bool = True
+) -> tuple[NDArray[np.generic], float, float, list[str]]:
+    """Read a CT image's voxels on the file's own grid, mended as `read_volume` says.
+
+    Args:
+        image, name, hounsfield: as `read_volume` takes them.
+
+    Returns:
+        Stored values in the file's axes, the slope and the intercept that make HU of them, and what was mended.
+
+    Raises:
+        VolumeError: as `read_volume`.
+    """
+    shape = _three_axes(image.shape, name)
     stored, slope, intercept = _stored_values(image, name)
     if not (1 / MOST_SCALED < abs(slope) < MOST_SCALED and abs(intercept) < MOST_SCALED):
         raise VolumeError(
@@ -207,16 +235,7 @@ def read_volume(image: nib.Nifti1Image, name: str, *, hounsfield: bool = True) -
             stored = stored.view(stored.dtype.str.replace("u", "i"))
         if rescale.warning is not None:
             warnings.append(rescale.warning)
-    grid = FileGrid(shape, orientation)
-    array = grid.reorient(stored)
-    # Affine of the reoriented (z, y, x) grid to RAS mm in the order (z, y, x).
-    turned = affine @ nib.orientations.inv_ornt_aff(orientation, shape)
-    turned = turned[[2, 1, 0, 3]][:, [2, 1, 0, 3]]
-    z, y, x = (float(n) for n in np.linalg.norm(turned[:3, :3], axis=0))
-    if _tilt_degrees(turned) > OBLIQUE_DEGREES:
-        array, upright = _set_upright(array, turned, np.array([z, y, x]), (AIR_HU - intercept) / slope, name)
-        grid = FileGrid(shape, orientation, upright)
-    return Volume(array, (z, y, x), slope, intercept, grid, tuple(warnings))
+    return stored, slope, intercept, warnings
 
 
 def label_image(labels: NDArray[np.uint8], like: nib.Nifti1Image) -> nib.Nifti1Image:
