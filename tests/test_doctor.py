@@ -57,7 +57,7 @@ def test_a_machine_that_can_run_is_healthy(tmp_path: Path, capsys: pytest.Captur
     assert "openvino" in said
     assert "cpu" in said
     assert "1 threads; networks loaded in" in said
-    assert "6 files with the SHA-256 of their manifest" in said
+    assert f"{len(Weights.find().sha256)} files with the SHA-256 of their manifest" in said
     assert f"{tmp_path}: can be written to" in said
     assert said.splitlines()[-1].endswith("`fastorgan predict` can run.") or "mind the warnings" in said
     assert list(tmp_path.iterdir()) == []
