@@ -986,6 +986,11 @@ def test_a_broken_series_among_others_is_named_and_the_others_are_done(folders: 
     assert folders.written() == ["X.nii.gz"]
 
 
+def test_a_single_slice_is_told_from_its_series(folders: Folders, study: Path) -> None:
+    (case,) = folders.run([study / "IM0003.dcm"]).cases
+    assert case.error == f"{study / 'IM0003.dcm'}: a single DICOM slice; give the folder of its series"
+
+
 def test_several_series_in_a_folder_need_a_choice(folders: Folders, study: Path) -> None:
     from tests.dicom_series import write_series
 

@@ -129,7 +129,8 @@ def plan_jobs(inputs: Sequence[Path], output: Path, *, series: str | None = None
     found: list[Job] = []
     for path in inputs:
         if not _is_folder(path):
-            found.append(Job(path, output))
+            slice_of = path.suffix.lower() in (".dcm", ".ima")
+            found.append(Job(path, output, "a single DICOM slice; give the folder of its series" if slice_of else None))
         elif volumes := _volumes_in(path):
             found += [Job(volume, output) for volume in volumes]
         else:
