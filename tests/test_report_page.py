@@ -29,7 +29,7 @@ PICTURES = {
     "spacing_mm": [1.0, 1.0, 1.0],
     "across": 1,
     "code_step": 50,
-    "first": 0,
+    "first": [0, 0, 0],
     "ct": "data:image/webp;base64,REVG",
     "labels": "data:image/png;base64,R0hJ",
 }

@@ -71,4 +71,13 @@ def test_a_scan_of_one_voxel_is_no_trouble() -> None:
         shown(np.zeros((1, 1, 1), np.int16), np.zeros((1, 1, 1), np.uint8), np.eye(4)), Image.new("RGB", (10, 10))
     )
     assert content["shape"] == [1, 1, 1]
-    assert content["first"] == 0
+    assert content["first"] == [0, 0, 0]
+
+
+def test_the_viewer_begins_at_the_fullest_slices() -> None:
+    hu, codes = np.full((9, 8, 7), 50, np.int16), np.zeros((9, 8, 7), np.uint8)
+    codes[2, 3, 5] = 1
+    codes[2:5, 3, 4] = 2
+    content = page_pictures(shown(hu, codes, np.diag([2.0, 2.0, 2.0, 1.0])), Image.new("RGB", (10, 10)))
+    # From the feet; from the front, so 7 - 3; from the right, so 8 - 2.
+    assert content["first"] == [4, 4, 6]

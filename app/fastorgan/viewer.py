@@ -74,7 +74,6 @@ def page_pictures(shown: ShownCase, preview: Any) -> dict[str, Any]:
     slices, rows, columns = scan.grey.shape
     # As square as the tiles allow: browsers limit a picture's sides.
     across = max(1, math.ceil(math.sqrt(slices * rows / columns)))
-    found = np.flatnonzero((scan.codes > 0).any(axis=(1, 2)))
     small = preview.resize((_PREVIEW_WIDTH, round(preview.height * _PREVIEW_WIDTH / preview.width)))
     return {
         "preview": _address(small, "WEBP", quality=_PREVIEW_QUALITY, method=2),
@@ -83,10 +82,16 @@ def page_pictures(shown: ShownCase, preview: Any) -> dict[str, Any]:
         "spacing_mm": [round(step, 4) for step in scan.spacing],
         "across": across,
         "code_step": CODE_STEP,
-        "first": int(found[len(found) // 2]) if len(found) else slices // 2,
+        "first": [_fullest(scan.codes, axis) for axis in range(3)],
         "ct": _address(_tiles(scan.grey, across), "WEBP", quality=_CT_QUALITY, method=2),
         "labels": _address(_tiles(scan.codes * np.uint8(CODE_STEP), across), "PNG", optimize=True),
     }
+
+
+def _fullest(codes: NDArray[np.uint8], axis: int) -> int:
+    """The slice along an axis with most labelled voxels; the middle one where there are none."""
+    counts = np.count_nonzero(codes, axis=tuple(other for other in range(3) if other != axis))
+    return int(counts.argmax()) if counts.any() else len(counts) // 2
 
 
 def _middles(voxels: int, samples: int) -> NDArray[np.int64]:

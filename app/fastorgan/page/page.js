@@ -102,7 +102,7 @@ class Viewer {
       this.colours.set(Number(input.value), colour.match(/\d+/g).slice(0, 3).map(Number));
     }
     this.layer = document.createElement("canvas");
-    this.at = [this.scan.first, this.scan.shape[1] >> 1, this.scan.shape[2] >> 1];
+    this.at = [...this.scan.first];
   }
 
   async open() {
