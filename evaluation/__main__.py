@@ -387,7 +387,7 @@ def _add_soak(commands: "Commands") -> None:
 
 def _soak(args: argparse.Namespace) -> int:
     growth = soak.soak(args.sources, args.cases)
-    print(growth.text())
+    print(growth.text(), f"MiB after case {growth.course()}", sep="\n")
     return int(growth.share > soak.MOST_GROWTH)
 
 

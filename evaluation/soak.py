@@ -49,6 +49,11 @@ class Growth:
             f"({self.share:+.1%}); highest: {most:.0f} MiB"
         )
 
+    def course(self) -> str:
+        """The memory at ten moments, which tells whether it still grows at the end."""
+        cases = [max(1, round(len(self.rss_mib) * tenth / 10)) for tenth in range(1, 11)]
+        return ", ".join(f"{case}: {self.rss_mib[case - 1]:.0f}" for case in cases)
+
 
 def soak(sources: Sequence[Path], cases: int, options: Sequence[str] = ()) -> Growth:
     """Run `fastorgan predict` once on many cases and read its memory after each.

@@ -15,6 +15,12 @@ def test_growth_is_counted_from_the_fifth_case() -> None:
     assert growth.text() == "RSS after case 5: 500 MiB; after case 7: 510 MiB (+2.0%); highest: 520 MiB"
 
 
+def test_the_course_has_ten_moments() -> None:
+    assert Growth(tuple(float(n) for n in range(1, 21))).course() == (
+        "2: 2, 4: 4, 6: 6, 8: 8, 10: 10, 12: 12, 14: 14, 16: 16, 18: 18, 20: 20"
+    )
+
+
 def test_few_cases_tell_nothing(tmp_path: Path) -> None:
     with pytest.raises(SoakError, match=r"^5 cases tell nothing; give more than 5\Z"):
         soak([tmp_path], 5)
