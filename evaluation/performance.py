@@ -106,8 +106,9 @@ def _scaling(args: argparse.Namespace) -> int:
             f"{point.case_seconds:9.2f}",
             flush=True,
         )
-    write_points(points, args.out / "scaling.csv")
-    plot_points(points, args.out / "scaling.png")
+        # Anew after each, since the whole may take an hour.
+        write_points(points, args.out / "scaling.csv")
+        plot_points(points, args.out / "scaling.png")
     return 0
 
 

@@ -416,3 +416,19 @@ def test_a_shard_that_is_none_is_refused(shard: str, capsys: pytest.CaptureFixtu
         main(["predict", "in", "out", f"--shard={shard}"])
     assert caught.value.code == 2
     assert "is not I/N with I from 0 to N - 1" in capsys.readouterr().err
+
+
+# Start-up
+
+SLOW_TO_IMPORT = ("scipy.ndimage", "pydicom", "torch", "matplotlib", "openvino.tools.ovc")
+
+
+def test_a_ct_is_segmented_without_what_is_slow_to_import(inputs: Path) -> None:
+    code = (
+        "import sys; from fastorgan.__main__ import main; code = main(sys.argv[1:]); "
+        f"print([name for name in {SLOW_TO_IMPORT} if sys.modules.get(name)]); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, "predict", str(inputs), str(inputs.parent / "out"), "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "app")}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -215,7 +215,24 @@ def _add_phantom(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     phantom.set_defaults(run=_phantom)
 
 
+@contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Let imports in the block do without a module that they would load where it is installed, and can do without."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
 def _predict(options: argparse.Namespace) -> int:
+    # Half of what is imported before the first case: for DICOM within NIfTI headers, which nothing here looks at.
+    with _hidden("pydicom"):
+        import nibabel  # noqa: F401
+
     from .nifti import MAX_VOXELS
     from .outputs import Outputs
     from .predict import Settings, run_batch
