@@ -104,7 +104,9 @@ def open_text_header(path: Path, max_voxels: int = MAX_VOXELS) -> nib.Nifti1Imag
     """
     with path.open("rb") as file:
         try:
-            header = (_read_meta if path.suffix == ".mha" else _read_nrrd)(file)
+            # Infinity and NaN are refused as an affine; NumPy's warnings would come on top, without the file's name.
+            with np.errstate(all="ignore"):
+                header = (_read_meta if path.suffix == ".mha" else _read_nrrd)(file)
             affine = np.eye(4)
             affine[:3, :3], affine[:3, 3] = header.axes, header.origin
             check_affine(affine, path)

@@ -58,7 +58,9 @@ def open_nifti(path: Path, max_voxels: int = MAX_VOXELS) -> nib.Nifti1Image:
     if pair and not (head.is_file() and data.is_file()):
         raise VolumeError(f"{path}: {head.name} and {data.name} belong together; one of them is missing")
     try:
-        return _checked(path, _first_bytes(head), data, pair, max_voxels)
+        # What overflows or is NaN is refused by its value; NumPy's warnings would come on top, without the file's name.
+        with np.errstate(all="ignore"):
+            return _checked(path, _first_bytes(head), data, pair, max_voxels)
     except (nib.spatialimages.HeaderDataError, nib.filebasedimages.ImageFileError, np.linalg.LinAlgError) as error:
         raise VolumeError(f"{path}: not a readable NIfTI file ({' '.join(str(error).split())})") from error
 
@@ -131,7 +133,7 @@ def check_affine(affine: NDArray[np.float64], name: object) -> None:
     singular = f"{name}: the affine is singular or not finite, so voxel sizes are unknown; mend the header"
     if not np.isfinite(affine).all():
         raise VolumeError(singular)
-    with np.errstate(over="ignore"):
+    with np.errstate(all="ignore"):
         sizes = np.linalg.norm(affine[:3, :3], axis=0)
     least, most = VOXEL_MM
     if (sizes == 0).any():
