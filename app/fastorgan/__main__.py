@@ -110,6 +110,7 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "X_0000.nii.gz, X.nii.gz, X.mha and so on become X.nii.gz with the labels 1 liver, 2 kidney, 3 spleen,\n"
         "4 pancreas on the input's own grid. A folder of DICOM slices becomes FOLDER.nii.gz.",
         epilog="examples:\n  fastorgan predict inputs/ outputs/ --report run.json\n"
+        "  fastorgan predict inputs/ outputs/ --page outputs/report.html --statistics outputs/organs.csv\n"
         "  fastorgan predict ct.nii.gz labels.nii.gz --device cpu\n"
         f"  fastorgan predict study/ outputs/ --series 4 --dicom-seg\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -118,56 +119,57 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "inputs", metavar="INPUT", nargs="+", type=Path, help="files, or folders of files or DICOM slices"
     )
     predict.add_argument("output", metavar="OUTPUT", type=Path, help="folder; for a single file also a label file")
-    _add_device(predict)
-    predict.add_argument(
+    cases = predict.add_argument_group("which cases")
+    written = predict.add_argument_group("what is written besides labels (docs/outputs.md)")
+    work = predict.add_argument_group("how it runs")
+    _add_device(work)
+    work.add_argument(
         "--jobs",
         type=_positive,
         default=2,
         help="cases worked on at a time, so that one is read or written while another is segmented; each holds its "
         "scan in memory (default: 2)",
     )
-    predict.add_argument(
+    work.add_argument(
         "--cluster",
         metavar="ADDRESS",
         help="work on a Ray cluster: local, auto or ray://HOST:PORT; a worker for each GPU or every --threads cores",
     )
-    predict.add_argument("--report", metavar="FILE", type=Path, help="write a run report (JSON)")
-    predict.add_argument(
+    written.add_argument("--report", metavar="FILE", type=Path, help="write a run report (JSON)")
+    written.add_argument(
         "--page", metavar="FILE", type=Path, help="write the report as a web page (HTML) with pictures"
     )
-    predict.add_argument("--preview", action="store_true", help="write a picture (PNG) beside each label file")
-    predict.add_argument("--split", action="store_true", help="write one mask per organ as well, in a folder per case")
-    predict.add_argument(
+    written.add_argument("--preview", action="store_true", help="write a picture (PNG) beside each label file")
+    written.add_argument("--split", action="store_true", help="write one mask per organ as well, in a folder per case")
+    written.add_argument(
         "--statistics", metavar="FILE", type=Path, help="write volume, HU and box of each organ (.csv or .json)"
     )
-    predict.add_argument(
+    written.add_argument(
         "--label-tables", action="store_true", help="write the labels' colours for 3D Slicer and ITK-SNAP"
     )
-    predict.add_argument(
+    cases.add_argument(
         "--series", metavar="S", help="which DICOM series of a folder: its number, the ending of its UID, or all"
     )
-    predict.add_argument(
+    written.add_argument(
         "--dicom-seg", action="store_true", help="write a DICOM SEG beside the label file of a DICOM series"
     )
-    predict.add_argument(
+    cases.add_argument(
         "--grand-challenge",
         metavar="SOCKET",
         help="read INPUT/images/ct/*.mha and write OUTPUT/images/SOCKET/*.mha, as grand-challenge.org does",
     )
-    predict.add_argument(
+    cases.add_argument(
         "--shard",
         metavar="I/N",
         type=_shard,
         help="take every N-th case from the I-th, I from 0, as one of N processes",
     )
-    predict.add_argument("--resume", action="store_true", help="leave out the cases whose labels are there already")
-    predict.add_argument(
-        "--max-voxels", metavar="N", type=_positive, help="refuse larger volumes (default: 2147483648)"
-    )
+    cases.add_argument("--resume", action="store_true", help="leave out the cases whose labels are there already")
+    work.add_argument("--max-voxels", metavar="N", type=_positive, help="refuse larger volumes (default: 2147483648)")
     predict.set_defaults(run=_predict)
 
 
-def _add_device(command: argparse.ArgumentParser) -> None:
+def _add_device(command: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
     """The options that say what runs the networks."""
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     command.add_argument("--engine", default="auto", help="auto, openvino or torch (default: auto)")
