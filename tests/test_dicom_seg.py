@@ -89,6 +89,18 @@ def test_dcmqi_reads_the_same_voxels_in_the_same_place(tmp_path: Path, codes: ND
     assert labels == ["Liver", "Kidney", "Spleen"]
 
 
+def test_segments_are_numbered_without_a_gap(tmp_path: Path, codes: NDArray[np.uint8]) -> None:
+    import highdicom as hd
+
+    codes[codes == 2] = 0
+    target = tmp_path / "organs.seg.dcm"
+    save_segmentation(codes.transpose(2, 1, 0), series_of(tmp_path / "ct"), target)
+    seg = hd.seg.segread(target)
+    assert [s.SegmentLabel for s in seg.SegmentSequence] == ["Liver", "Spleen"]
+    spleen = seg.get_volume(segment_numbers=[2], combine_segments=True).array
+    assert spleen.astype(bool).sum() == (codes == 3).sum()
+
+
 def test_slices_that_were_missing_have_no_frame(tmp_path: Path, codes: NDArray[np.uint8]) -> None:
     series = series_of(tmp_path / "ct", leave_out=(3,))
     target = tmp_path / "organs.seg.dcm"

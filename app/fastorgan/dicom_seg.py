@@ -77,11 +77,12 @@ def save_segmentation(labels: NDArray[np.uint8], series: Series, path: Path) -> 
         for number, organ in enumerate(present, 1)
     ]
     # Segments are numbered from 1 without a gap.
-    masks = np.stack([frames == organ.code for organ in present], axis=-1)
+    number_of = np.zeros(256, np.uint8)
+    number_of[[organ.code for organ in present]] = range(1, len(present) + 1)
     try:
         segmentation = hd.seg.Segmentation(
             sources,
-            masks,
+            number_of[frames],
             hd.seg.SegmentationTypeValues.BINARY,
             segments,
             series_instance_uid=hd.UID(),
