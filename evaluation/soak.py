@@ -5,14 +5,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
-import psutil
-
 from fastorgan.errors import FastorganError
+from fastorgan.monitor import ResidentMemory
 from fastorgan.volume import make_folder
 
 SETTLED = 5
@@ -84,11 +82,10 @@ def soak(sources: Sequence[Path], cases: int, options: Sequence[str] = ()) -> Gr
 
 
 def _after_each_case(process: "subprocess.Popen[str]") -> Iterator[float]:
-    watched = psutil.Process(process.pid)
+    memory = ResidentMemory(Path(f"/proc/{process.pid}"))
     last = 0.0
     for line in process.stdout or ():
         if re.match(r"\[\d+/\d+\] ", line):
             # The last line may be read after the process' end, when it has no memory any more.
-            with suppress(psutil.NoSuchProcess):
-                last = watched.memory_info().rss / 2**20 or last
+            last = memory.read()[0] or last
             yield last

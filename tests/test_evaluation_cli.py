@@ -185,3 +185,16 @@ def test_runs_as_a_module(folders: tuple[str, str]) -> None:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: {folders[1]}/gone: no such file or folder\n"
+
+
+def test_scoring_needs_no_more_than_fastorgan_itself() -> None:
+    # `try.sh` scores in an environment without the extra `evaluation`.
+    code = (
+        "import sys\n"
+        "for name in ('psutil', 'matplotlib'): sys.modules[name] = None\n"
+        "from evaluation.__main__ import main\n"
+        "main(['score', '--help'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: python -m evaluation score")
