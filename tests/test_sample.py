@@ -73,19 +73,18 @@ def test_axis_order_does_not_matter(
     assert_close(scores(np.asarray(found.as_reoriented(back).dataobj), truth), scores(labels, truth))
 
 
-def test_a_grid_turned_in_plane_does_not_matter(
-    cascade: Cascade, image: nib.Nifti1Image, truth: Labels, labels: Labels
+@pytest.mark.parametrize("degrees", [(0, 0, 25), (12, -10, 0), (15, 10, 40)])
+def test_a_turned_grid_does_not_matter(
+    degrees: tuple[float, float, float], cascade: Cascade, image: nib.Nifti1Image, truth: Labels, labels: Labels
 ) -> None:
-    assert_rotation_does_not_matter(cascade, image, truth, labels, (0, 0, 25))
+    assert_rotation_does_not_matter(cascade, image, truth, labels, degrees)
 
 
-@pytest.mark.parametrize("degrees", [(12, -10, 0), (15, 10, 40)])
-def test_a_tilted_grid_does_not_matter(degrees: tuple[float, float, float], cascade: Cascade) -> None:
-    # The phantom shows its organs whole. The sample's kidneys are cut by the scan's end; a tilted grid that holds all
-    # of it has air against the cut, where the organ net still loses some millimetres of kidney.
+def test_a_tilted_grid_does_not_matter_to_whole_organs(cascade: Cascade) -> None:
+    # The sample's kidneys are cut by the scan's end; the phantom shows its organs whole.
     image, truth = make_phantom()
     labels = np.asarray(cascade.segment(image).dataobj)
-    assert_rotation_does_not_matter(cascade, image, np.asarray(truth.dataobj), labels, degrees)
+    assert_rotation_does_not_matter(cascade, image, np.asarray(truth.dataobj), labels, (15, 10, 40))
 
 
 def assert_rotation_does_not_matter(

@@ -27,7 +27,7 @@ from tests.synthetic_cache import one_thread, write_cache
 from training import export as exporting
 from training.cases import DataError
 from training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
-from training.export import engine_difference, export
+from training.export import Blend, engine_difference, export
 from training.fit import Plan, Run, build
 from training.recipes import PRESETS
 
@@ -211,3 +211,17 @@ def test_the_exported_networks_take_the_cascades_inputs(
     x = np.zeros(INPUT_SIZES[network], np.float32)
     logits = choose_runtime("cpu", "openvino").load(Weights.find(tmp_path / "weights"), network)(x)
     assert logits.shape[1:] == INPUT_SIZES[network]
+
+
+def test_a_blend_is_the_mean_by_shares(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.tensor([4.0]), "b": torch.tensor([8.0])}, tmp_path / "other.safetensors")
+    state = {"a": torch.tensor([0.0]), "b": torch.tensor([16.0]), "count": torch.tensor(3)}
+    # "count", which is no float, is not looked for in the other.
+    mean = Blend(tmp_path / "other.safetensors", 0.25).into(state)
+    assert {name: value.item() for name, value in mean.items()} == {"a": 1.0, "b": 14.0, "count": 3}
+
+
+def test_a_blend_with_another_network_is_refused(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match=r"other\.safetensors: cannot be read, or holds the weights of another"):
+        Blend(tmp_path / "other.safetensors", 0.5).into({"b": torch.zeros(1)})

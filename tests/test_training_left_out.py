@@ -64,8 +64,7 @@ def test_the_patients_left_out_are_segmented_by_the_runs_network(
     expected = np.asarray(Cascade.load("cpu").segment(image).dataobj)
     found = np.asarray(load_image(out / "b.nii.gz").dataobj)
     assert (expected > 0).sum() > 10_000
-    # The released network runs in eight bits, the run's does not.
-    assert (found == expected).mean() > 0.9995
+    assert (found == expected).mean() > 0.9999
 
 
 def test_a_run_on_all_patients_left_nobody_out(tmp_path: Path) -> None:

@@ -94,6 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("network", choices=("roi", "organs"))
     export.add_argument("--run", type=Path, required=True, dest="folder", help="folder of the run")
     export.add_argument("--out", type=Path, default=Path("weights"), help="folder of released weights")
+    export.add_argument(
+        "--blend", metavar="FILE", type=Path, help="average the run's weights with these (.safetensors)"
+    )
+    export.add_argument("--share", type=_share, default=0.5, help="of the mean that --blend has (default: 0.5)")
     export.add_argument("--version", required=True, help="of the weights, for the manifest")
     export.set_defaults(run=_export)
 
@@ -175,9 +179,10 @@ def _fit(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     _need_torch()
     from .checkpoint import CHECKPOINT
-    from .export import export
+    from .export import Blend, export
 
-    difference = export(options.network, options.folder / CHECKPOINT, options.out, options.version)
+    blend = Blend(options.blend, options.share) if options.blend else None
+    difference = export(options.network, options.folder / CHECKPOINT, options.out, options.version, blend)
     print(f"{options.out}: {options.network} exported; engines differ by at most {difference:.2e} of the logits' SD")
     return 0
 
@@ -213,6 +218,13 @@ def _count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
     return value
 
 
