@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     import numpy as np
     from scipy import ndimage
 
-    from fastorgan.box import CROP_SIZE, ROI_SIZE, extent_mm, frame
+    from fastorgan.box import CROP_SIZE, ROI_SIZE, Box, extent_mm, frame
     from fastorgan.intensity import WINDOW_HU, to_network
     from fastorgan.labels import ORGANS
     from fastorgan.monitor import StageTimer
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         pieces, _ = ndimage.label(mask)
         sizes = np.bincount(pieces.ravel())
         sizes[0] = 0
-        box = frame(*extent_mm(pieces == sizes.argmax(), voxel), volume.shape, voxel)
+        box = frame(*extent_mm(pieces == sizes.argmax(), voxel), Box.whole(volume.shape), voxel)
     with timer.stage("organs"):
         first, last = np.floor(box.start).astype(int), np.ceil(box.stop).astype(int)
         crop = tuple(slice(a, b) for a, b in zip(first, last, strict=True))

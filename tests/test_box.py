@@ -13,7 +13,7 @@ MM = (1.0, 1.0, 1.0)
 
 
 def framed(start: Triple, stop: Triple, shape: tuple[int, int, int], spacing: Triple = MM) -> Box:
-    return frame(np.array(start), np.array(stop), shape, spacing)
+    return frame(np.array(start), np.array(stop), Box.whole(shape), spacing)
 
 
 # Boxes
@@ -105,7 +105,7 @@ def test_a_frame_lies_inside_holds_the_organs_and_is_large_enough(
     extent = np.multiply(shape, spacing)
     start = np.array([a for a, _ in shares]) * extent
     stop = np.array([b for _, b in shares]) * extent
-    box = frame(start, stop, shape, spacing)
+    box = frame(start, stop, Box.whole(shape), spacing)
     low, high = np.multiply(box.start, spacing), np.multiply(box.stop, spacing)
     close = 1e-6 * (1 + extent)
     assert (np.array(box.start) >= 0).all()

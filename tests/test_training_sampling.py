@@ -109,7 +109,7 @@ def test_without_augmentation_the_crop_is_inferences(
     case = smooth_case(tmp_path, shape, codes)
 
     volume = read_volume(load_image(case.image), "the scan")
-    box = frame(*extent_mm(codes > 0, volume.spacing), volume.shape, volume.spacing)
+    box = frame(*extent_mm(codes > 0, volume.spacing), Box.whole(volume.shape), volume.spacing)
     expected = to_network(resize(volume.array, box, CROP_SIZE, volume.unit))
 
     source, _ = cache_case(case)

@@ -138,7 +138,7 @@ def cache_case(case: Case) -> tuple[CachedVolume, CachedVolume]:
         organs_mm,
     )
 
-    box = frame(organs_mm[0], organs_mm[1], volume.shape, volume.spacing)
+    box = frame(organs_mm[0], organs_mm[1], whole, volume.spacing)
     first = np.floor(np.maximum(0, box.start - SURROUND_MM / spacing)).astype(int)
     last = np.ceil(np.minimum(volume.shape, box.stop + SURROUND_MM / spacing)).astype(int)
     near = tuple(slice(a, b) for a, b in zip(first, last, strict=True))

@@ -75,7 +75,7 @@ def boxed(source: CachedVolume, size: tuple[int, int, int]) -> tuple[NDArray[np.
     """The labels' own box at `size`: values in [0, 1], and the nearest codes."""
     start, stop = source.organs_mm
     shape = tuple(np.rint(source.scan_mm / source.spacing).astype(int))
-    box: Box = frame(start, stop, shape, tuple(source.spacing))
+    box: Box = frame(start, stop, Box.whole(shape), tuple(source.spacing))
     image = source.image.astype(np.float32) / LEVELS
     codes = source.labels
     offset = source.origin_mm / source.spacing

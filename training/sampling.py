@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastorgan.box import ROI_SIZE, frame
+from fastorgan.box import ROI_SIZE, Box, frame
 from fastorgan.intensity import LEVELS, WINDOW_HU, to_network
 from fastorgan.labels import CLASSES, IGNORE
 from fastorgan.resample import axis_weights
@@ -176,8 +176,9 @@ class View:
 
 
 def _framed(start: Vector, stop: Vector, floor: Vector, roof: Vector) -> tuple[Vector, Vector]:
-    box = frame(start - floor, stop - floor, tuple(roof - floor), (1.0, 1.0, 1.0))
-    return np.asarray(box.start) + floor, np.asarray(box.stop) + floor
+    (z0, y0, x0), (z1, y1, x1) = floor.tolist(), roof.tolist()
+    box = frame(start, stop, Box((z0, y0, x0), (z1, y1, x1)), (1.0, 1.0, 1.0))
+    return np.asarray(box.start), np.asarray(box.stop)
 
 
 class RoiSampler:

@@ -66,27 +66,26 @@ def extent_mm(mask: NDArray[np.bool_], voxel: tuple[float, ...]) -> tuple[NDArra
     return start, stop
 
 
-def frame(
-    start: NDArray[np.float64], stop: NDArray[np.float64], shape: tuple[int, ...], spacing: tuple[float, ...]
-) -> Box:
-    """Frame organs that span [start, stop): add `MARGIN_MM`, grow to `LEAST_MM`, clip to the volume.
+def frame(start: NDArray[np.float64], stop: NDArray[np.float64], within: Box, spacing: tuple[float, ...]) -> Box:
+    """Frame organs that span [start, stop): add `MARGIN_MM`, grow to `LEAST_MM`, clip to what may be looked at.
 
     Inference frames what the ROI net found; training frames labels, disturbed as the ROI net would.
 
     Args:
         start, stop: (3,) in mm from the volume's corner (z, y, x).
-        shape, spacing: the volume's voxels, and their size in mm (z, y, x).
+        within: in voxels, the part of the volume that may be looked at, such as `Box.whole`.
+        spacing: the volume's voxel size in mm (z, y, x).
 
     Returns:
-        The box in voxels, inside the volume.
+        The box in voxels, inside `within`.
     """
     sizes = np.asarray(spacing, float)
-    extent = np.asarray(shape, float) * sizes
-    low, high = np.maximum(0.0, start - MARGIN_MM), np.minimum(extent, stop + MARGIN_MM)
+    floor, roof = np.asarray(within.start) * sizes, np.asarray(within.stop) * sizes
+    low, high = np.maximum(floor, start - MARGIN_MM), np.minimum(roof, stop + MARGIN_MM)
     grow = np.maximum(0.0, np.asarray(LEAST_MM) - (high - low)) / 2
     low, high = low - grow, high + grow
-    # Growth that the volume's end cuts off goes to the other side instead.
-    shift = np.maximum(0.0, -low) - np.maximum(0.0, high - extent)
-    low, high = np.maximum(0.0, low + shift), np.minimum(extent, high + shift)
+    # Growth that an end cuts off goes to the other side instead.
+    shift = np.maximum(0.0, floor - low) - np.maximum(0.0, high - roof)
+    low, high = np.maximum(floor, low + shift), np.minimum(roof, high + shift)
     (z0, y0, x0), (z1, y1, x1) = low / sizes, high / sizes
     return Box((float(z0), float(y0), float(x0)), (float(z1), float(y1), float(x1)))

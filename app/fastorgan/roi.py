@@ -88,8 +88,7 @@ def locate(
     start, stop = extent_mm(group, voxel)
     if (stop - start).min() < LEAST_EXTENT_MM:
         return Roi(Box.whole(shape), f"organs found at low resolution are only {(stop - start).min():.0f} mm thick")
-    below = np.array([seen.start[0], 0.0, 0.0])
-    corner = np.multiply(seen.start - below, spacing)
-    box = frame(corner + start, corner + stop, (round(seen.size[0]), *shape[1:]), spacing)
-    (z0, y0, x0), (z1, y1, x1) = box.start + below, box.stop + below
-    return Roi(Box((float(z0), float(y0), float(x0)), (float(z1), float(y1), float(x1))))
+    corner = np.multiply(seen.start, spacing)
+    _, height, width = shape
+    within = Box((seen.start[0], 0.0, 0.0), (seen.stop[0], float(height), float(width)))
+    return Roi(frame(corner + start, corner + stop, within, spacing))
