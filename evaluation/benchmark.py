@@ -12,22 +12,26 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fastorgan.errors import FastorganError
 from fastorgan.files import whole_file
 from fastorgan.labels import ORGANS
-from fastorgan.monitor import cpu_name
+from fastorgan.monitor import MIB, ResidentMemory, cpu_name
 from fastorgan.runtime import usable_cores
 from fastorgan.volume import load_image
 
 from .accuracy import dsc, read_labels
 
 MB = 1e6
+
+WATCH_EVERY_S = 0.01
+"""How often a process' memory is read: what it takes for shorter before its end is missed."""
 
 
 class BenchmarkError(FastorganError):
@@ -61,8 +65,9 @@ def run_process(command: Sequence[str]) -> Run:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         begun = time.perf_counter()
         process = subprocess.Popen(command, stdout=out, stderr=errors)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - begun
+        with _WatchedMemory(process.pid) as memory:
+            _, status, usage = os.wait4(process.pid, 0)
+            seconds = time.perf_counter() - begun
         process.returncode = os.waitstatus_to_exitcode(status)
         out.seek(0)
         errors.seek(0)
@@ -70,7 +75,36 @@ def run_process(command: Sequence[str]) -> Run:
             last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
             raise BenchmarkError(f"{shlex.join(command)}: exit code {process.returncode} {' '.join(last)}".rstrip())
         unit = 1 if sys.platform == "darwin" else 1024
-        return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * unit / MB, out.read().decode())
+        rss = memory.highest_mib * MIB or usage.ru_maxrss * unit
+        return Run(seconds, usage.ru_utime + usage.ru_stime, rss / MB, out.read().decode())
+
+
+class _WatchedMemory:
+    """The highest resident memory of another process while the block runs, by its own mark.
+
+    `wait4` tells no less than what the process that started it once held, and misses what `MemorySampler` set back.
+    """
+
+    def __init__(self, pid: int):
+        self.highest_mib = 0.0
+        self._memory = ResidentMemory(Path(f"/proc/{pid}"))
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(WATCH_EVERY_S):
+            present, highest = self._memory.read()
+            # Without a present figure the process has ended, or the system does not tell.
+            if present is not None and highest is not None:
+                self.highest_mib = max(self.highest_mib, highest)
 
 
 @dataclass
