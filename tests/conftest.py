@@ -90,3 +90,17 @@ def blocks() -> tuple[nib.Nifti1Image, NDArray[np.uint8]]:
     # A little air: without any, values are not taken for HU.
     hu[0, 0] = -1000
     return nib.Nifti1Image(hu, np.diag([5.0, 5.0, 5.0, 1.0])), codes
+
+
+@pytest.fixture
+def inputs(
+    tmp_path: Path,
+    blocks: tuple[nib.Nifti1Image, NDArray[np.uint8]],
+    by_hu: Cascade,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """A folder of one CT, and a command with the cascade that knows its organs."""
+    monkeypatch.setattr(Cascade, "load", lambda *_, **__: by_hu)
+    (tmp_path / "in").mkdir()
+    nib.save(blocks[0], tmp_path / "in" / "ct_0000.nii.gz")
+    return tmp_path / "in"

@@ -21,15 +21,6 @@ APP = Path(__file__).parents[1] / "app"
 Blocks = tuple[nib.Nifti1Image, NDArray[np.uint8]]
 
 
-@pytest.fixture
-def inputs(tmp_path: Path, blocks: Blocks, by_hu: Cascade, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of one CT, and a command with the cascade that knows its organs."""
-    monkeypatch.setattr(Cascade, "load", lambda *_, **__: by_hu)
-    (tmp_path / "in").mkdir()
-    nib.save(blocks[0], tmp_path / "in" / "ct_0000.nii.gz")
-    return tmp_path / "in"
-
-
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *arguments],

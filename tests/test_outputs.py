@@ -16,16 +16,6 @@ from fastorgan.outputs import Outputs
 from fastorgan.predict import Settings, plan_jobs, run_batch
 from fastorgan.report import RunReport
 
-Blocks = tuple[nib.Nifti1Image, NDArray[np.uint8]]
-
-
-@pytest.fixture
-def inputs(tmp_path: Path, blocks: Blocks, by_hu: Cascade, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(Cascade, "load", lambda *_, **__: by_hu)
-    (tmp_path / "in").mkdir()
-    nib.save(blocks[0], tmp_path / "in" / "ct_0000.nii.gz")
-    return tmp_path / "in"
-
 
 def run(inputs: Path, outputs: Outputs, target: str = "out") -> RunReport:
     # One job: which case comes first is then no matter of chance.
