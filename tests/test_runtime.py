@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -203,3 +204,27 @@ def test_cores_are_those_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -
     assert usable_cores() == 3
     monkeypatch.delattr(os, "sched_getaffinity")
     assert usable_cores() == 64
+
+
+def test_signals_are_safe_after_two_runtimes_have_come_and_gone() -> None:
+    # OpenVINO's CPU plugin gives the thread a stack for signals; of two plugins that overlap, the later one puts the
+    # earlier one's back when it goes, which is no memory any more.
+    code = """
+import os, signal, time
+from fastorgan.runtime import OpenVinoRuntime
+from fastorgan.weights import Weights
+
+first, second = OpenVinoRuntime(1), OpenVinoRuntime(1)
+networks = [runtime.load(Weights.find(), "roi") for runtime in (first, second)]
+del first, networks[0]
+del second, networks[0]
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    app = Path(__file__).parents[1] / "app"
+    environment = {**os.environ, "PYTHONPATH": str(app)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "interrupted\n")

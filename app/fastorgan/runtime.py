@@ -12,6 +12,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -164,6 +165,18 @@ class FallbackRuntime:
         self.faults.append(f"{fault}; the CPU is used instead")
 
 
+@cache
+def _openvino_core() -> Any:
+    """The process' one OpenVINO core, which stays.
+
+    Its CPU plugin sets the thread's stack for signals and puts the one before back when it goes. Of two that overlap,
+    the later one would put back the earlier one's, which is gone: the next Ctrl-C or SIGTERM would be a crash.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class OpenVinoRuntime:
     """OpenVINO on the CPU.
 
@@ -178,11 +191,11 @@ class OpenVinoRuntime:
 
     def __init__(self, threads: int | None = None, precision: str = "auto"):
         try:
-            import openvino
+            import openvino  # noqa: F401
         except ImportError as error:
             raise DeviceError("OpenVINO is not installed: pip install openvino") from error
         self.faults: list[str] = []
-        self._core = openvino.Core()
+        self._core = _openvino_core()
         self.threads = threads or usable_cores()
         self._wish = self._precision = precision
 
