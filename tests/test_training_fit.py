@@ -40,14 +40,6 @@ PAPER = replace(PRESETS["paper"], size=(24, 24, 32))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def in_bf16() -> Iterator[None]:
-    """Train in bf16 on any CPU: in float32 without AVX-512, torch 2.13 now and then crashes on crops this small."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.fit.bf16_pays", lambda _: True)
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
 def few_threads() -> Iterator[None]:
     with one_thread():
         yield
