@@ -124,7 +124,8 @@ def test_one_card_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPat
 MEETINGS = """
 import torch
 from training.world import joined
-with joined("cpu") as world:
+
+def meet(world):
     assert world.size == 2 and world.first is (world.rank == 0)
     assert world.gather(f"of {world.rank}") == ["of 0", "of 1"]
     assert world.share(f"of {world.rank}") == "of 0"
@@ -140,6 +141,9 @@ with joined("cpu") as world:
     parallel(torch.full((1, 1), 1.0 + 2.0 * world.rank)).sum().backward()
     # Rank 0's weight, and the mean of the inputs 1 and 3 as its gradient.
     assert linear.weight.item() == 3.0 and linear.weight.grad.item() == 2.0
+
+with joined("cpu") as world:
+    meet(world)
 """
 
 

@@ -165,12 +165,13 @@ def _fit(options: argparse.Namespace) -> int:
     )
     with joined(plan.device) as world:
         run = Run(plan, world)
-        stopped = run.fit()
+        stopped, step = run.fit(), run.step
+        del run
     if stopped is None:
         return 0
     if world.first:
         print(
-            f"training: stopped by {stopped.name}, saved at step {run.step}; the same command goes on from there",
+            f"training: stopped by {stopped.name}, saved at step {step}; the same command goes on from there",
             file=sys.stderr,
         )
     return 128 + stopped

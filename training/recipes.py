@@ -27,12 +27,12 @@ class Augmentation:
 
     face_mm: float = 7.0
     cut: float = 0.35
-    padded: float = 0.25
+    padded: float = 0.3
     padding_mm: float = 60.0
-    tilt_degrees: float = 8.0
-    turn_degrees: float = 8.0
+    tilt_degrees: float = 10.0
+    turn_degrees: float = 10.0
     stretch: float = 0.08
-    bend_mm: float = 5.0
+    bend_mm: float = 8.0
     gamma: float = 0.12
     shift_hu: float = 15.0
     contrast: float = 0.10

@@ -1,5 +1,6 @@
 """The processes that train one network together, as `torchrun` starts them; alone, one process needs none of this."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ class World:
         """The network with rank 0's weights in every process, and gradients that are averaged over the processes."""
         if self.size == 1:
             return network
-        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(network)
 
     @torch.no_grad()
     def level_statistics(self, network: nn.Module) -> None:
@@ -93,6 +94,9 @@ ALONE = World()
 @contextmanager
 def joined(device: str) -> Iterator[World]:
     """Meet the other processes that `torchrun` started, by NCCL on GPUs and by gloo on CPUs; alone, do nothing.
+
+    What `World.parallel` returned must be let go within the block: it keeps threads of gloo's alive that, left to the
+    interpreter's end, may abort the process.
 
     Args:
         device: "cpu"; or "cuda", of which each process takes the card that has its number on its machine.
@@ -117,4 +121,6 @@ def joined(device: str) -> Iterator[World]:
     try:
         yield World(torch.distributed.get_rank(), size, device)
     finally:
+        # Those networks hang in circles of references.
+        gc.collect()
         torch.distributed.destroy_process_group()

@@ -34,6 +34,9 @@ def open_packed(path: str | Path) -> gzip.GzipFile:
 
 @contextmanager
 def pack_to(path: Path) -> Iterator[gzip.GzipFile]:
-    """Open a .gz file for writing; the same content gives the same bytes, whatever the name and the time."""
+    """Open a .gz file for writing; neither its name nor the time goes into it.
+
+    Now and then ISA-L packs the same content into other bytes (intel/isa-l issue 140); unpacked they are the same.
+    """
     with path.open("wb") as file, GzipFile("", "wb", LEVEL, file, 0) as stream:
         yield stream
