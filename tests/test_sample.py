@@ -116,20 +116,34 @@ def rotate_grid(
     affine[:3, 3] = centre - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
     to_straight = np.linalg.inv(image.affine) @ affine
 
-    def sample(array: NDArray[np.generic], outside: float) -> NDArray[np.float32]:
+    def sample(array: NDArray[np.generic], outside: float, part: tuple[slice, ...]) -> NDArray[np.float32]:
+        first = [piece.start for piece in part]
         result: NDArray[np.float32] = ndimage.affine_transform(
-            array, to_straight[:3, :3], to_straight[:3, 3], shape, np.float32, 1, mode="constant", cval=outside
+            array,
+            to_straight[:3, :3],
+            to_straight[:3, :3] @ first + to_straight[:3, 3],
+            tuple(piece.stop - piece.start for piece in part),
+            np.float32,
+            1,
+            mode="constant",
+            cval=outside,
         )
         return result
 
     def sample_labels(labels: Labels) -> Labels:
         # By shares, not by the nearest voxel, which shifts a border by up to half a slice.
         result = np.zeros(shape, np.uint8)
-        for organ in ORGANS:
-            result[sample((labels == organ.code).astype(np.float32), 0) > 0.5] = organ.code
+        for organ, place in zip(ORGANS, ndimage.find_objects(labels), strict=True):
+            corners = np.array(np.meshgrid(*((piece.start - 1, piece.stop) for piece in place), indexing="ij"))
+            there = np.linalg.inv(to_straight) @ [*corners.reshape(3, -1), np.ones(8)]
+            low = np.maximum(0, np.floor(there[:3].min(axis=1))).astype(int)
+            high = np.minimum(shape, np.ceil(there[:3].max(axis=1)) + 1).astype(int)
+            part = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+            result[part][sample((labels == organ.code).astype(np.float32), 0, part) > 0.5] = organ.code
         return result
 
-    return nib.Nifti1Image(sample(np.asarray(image.dataobj), -1024), affine), sample_labels
+    everything = tuple(slice(0, n) for n in shape)
+    return nib.Nifti1Image(sample(np.asarray(image.dataobj), -1024, everything), affine), sample_labels
 
 
 def assert_close(found: dict[str, float], expected: dict[str, float]) -> None:

@@ -24,7 +24,8 @@ from fastorgan.box import Box
 from fastorgan.errors import VolumeError
 from fastorgan.label_tables import names_extension
 from fastorgan.restore import restore_labels
-from fastorgan.volume import OBLIQUE_DEGREES, FileGrid, Volume, label_image, load_image, read_volume, save_image
+from fastorgan.upright import OBLIQUE_DEGREES
+from fastorgan.volume import FileGrid, Volume, label_image, load_image, read_volume, save_image
 
 AFFINE = np.diag([0.75, 1.5, 5.0, 1.0])
 AFFINE[:3, 3] = (-20, 30, -40)

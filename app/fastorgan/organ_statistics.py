@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from .errors import FastorganError
 from .files import whole_file
 from .labels import ORGANS
-from .volume import Affine, Volume, read_values
+from .upright import Affine
+from .volume import Volume, read_values
 
 SUFFIXES = (".csv", ".json")
 

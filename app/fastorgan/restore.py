@@ -35,6 +35,8 @@ def restore_labels(margins: Mapping[int, NDArray[np.float32]], box: Box, volume:
             _paint(view, code, margin, box)
         else:
             _paint_oblique(view, code, margin, box, volume.grid.upright)
+    if volume.grid.dense is not None:
+        view *= volume.grid.dense
     return labels
 
 

@@ -46,8 +46,8 @@ def body_box(volume: Volume) -> Box:
     The ROI net looks at this box, so that a wide field of view or padding does not make the patient small in it.
 
     Returns:
-        The box, one slice longer than the body at both ends where there is one, and up to `BODY_STEP_MM` wider in
-        plane; the whole volume where nothing is dense.
+        The box, exact along z and up to `BODY_STEP_MM` wider than the body in plane; the whole volume where nothing is
+        dense.
     """
     steps = tuple(max(1, int(BODY_STEP_MM / size)) for size in volume.spacing)
     z, y, x = steps
@@ -56,15 +56,13 @@ def body_box(volume: Volume) -> Box:
         return Box.whole(volume.shape)
     start, stop = extent_mm(dense, tuple(float(step) for step in steps))
     (z0, y0, x0), (z1, y1, x1) = np.maximum(0, start - steps), np.minimum(volume.shape, stop + steps)
-    # Slices of air that a resampled scan was padded with would look like the end of the organs that it cuts. One is
-    # kept: the scan may end within it, too little of it being body to look dense.
+    # Slices of air that a resampled scan was padded with would look like the end of the organs that it cuts.
     slices = range(int(z0), int(z1))
     first, last = (
         next(k for k in order if (volume.unit(volume.array[k, ::y, ::x]) > 0).any())
         for order in (slices, reversed(slices))
     )
-    z0, z1 = max(0, first - 1), min(volume.shape[0], last + 2)
-    return Box((float(z0), float(y0), float(x0)), (float(z1), float(y1), float(x1)))
+    return Box((float(first), float(y0), float(x0)), (float(last + 1), float(y1), float(x1)))
 
 
 def locate(

@@ -23,7 +23,6 @@ from .gzipped import DAMAGE, open_packed, pack_to
 from .hounsfield import find_rescale
 from .intensity import WINDOW_HU, to_unit
 from .label_tables import names_extension
-from .memory import check_memory
 from .mha_nrrd import TEXT_HEADER_SUFFIXES, open_text_header, write_text_header
 from .nifti import (
     MAX_HEADER_BYTES,
@@ -34,6 +33,7 @@ from .nifti import (
     form_warnings,
     open_nifti,
 )
+from .upright import AIR_HU, Affine, is_oblique, set_upright
 
 INPUT_SUFFIXES = (*SUFFIXES, *PAIR_SUFFIXES, *TEXT_HEADER_SUFFIXES)
 """Endings of the names of files that hold a CT."""
@@ -41,21 +41,10 @@ INPUT_SUFFIXES = (*SUFFIXES, *PAIR_SUFFIXES, *TEXT_HEADER_SUFFIXES)
 OUTPUT_SUFFIXES = (*SUFFIXES, *TEXT_HEADER_SUFFIXES)
 """Endings of the names of files that labels can be written to."""
 
-OBLIQUE_DEGREES = 3.0
-"""A grid turned further than this from the patient's axes is resampled upright before the networks see it."""
-
 MOST_SCALED = 1e9
 """A slope or intercept beyond, or a slope below its reciprocal, is a damaged header: HU are a few thousand."""
 
-UPRIGHT_GROWTH, UPRIGHT_VOXELS = 16, 1 << 24
-"""An upright grid may have so many times the voxels of the oblique one, and so many more: a single slice needs them."""
-
-AIR_HU = -1024.0
-"""What lies outside the scan when an oblique grid is resampled upright."""
-
 _CHUNK = 1 << 20  # bytes unpacked at a time: unpacked in one go, the voxels would be in memory twice
-
-Affine = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -114,11 +103,13 @@ class FileGrid:
         orientation: (3, 2) as nibabel's `io_orientation`: the RAS axis and direction of each file axis.
         upright: maps indices of the reoriented file grid (z, y, x, 1) to indices of the upright array; None where
             both are the same grid, as they are unless the scan is oblique.
+        dense: of an oblique scan, which voxels of the reoriented file grid may be labelled; see `upright`.
     """
 
     shape: tuple[int, int, int]
     orientation: NDArray[np.float64]
     upright: Affine | None = None
+    dense: NDArray[np.bool_] | None = None
 
     def empty_labels(self) -> NDArray[np.uint8]:
         """Zeros of the file's shape, laid out as NIfTI stores them (first axis fastest)."""
@@ -198,9 +189,9 @@ def read_volume(image: nib.Nifti1Image, name: str, *, hounsfield: bool = True) -
     turned = affine @ nib.orientations.inv_ornt_aff(orientation, shape)
     turned = turned[[2, 1, 0, 3]][:, [2, 1, 0, 3]]
     z, y, x = (float(n) for n in np.linalg.norm(turned[:3, :3], axis=0))
-    if _tilt_degrees(turned) > OBLIQUE_DEGREES:
-        array, upright = _set_upright(array, turned, np.array([z, y, x]), (AIR_HU - intercept) / slope, name)
-        grid = FileGrid(shape, orientation, upright)
+    if is_oblique(turned):
+        array, upright, dense = set_upright(array, turned, (slope, intercept), name)
+        grid = FileGrid(shape, orientation, upright, dense)
     return Volume(array, (z, y, x), slope, intercept, grid, tuple(warnings))
 
 
@@ -383,63 +374,6 @@ def _without_nan(
 def _slices(array: NDArray[np.generic]) -> NDArray[Any]:
     """The array with its slowest axis first."""
     return array.transpose() if array.flags.f_contiguous else array
-
-
-def _tilt_degrees(turned: Affine) -> float:
-    """Largest angle in degrees between a grid axis and the patient axis that it is nearest to."""
-    directions = turned[:3, :3] / np.linalg.norm(turned[:3, :3], axis=0)
-    return float(np.degrees(np.arccos(np.clip(np.diag(directions), -1.0, 1.0))).max())
-
-
-def _set_upright(
-    array: NDArray[np.generic], turned: Affine, spacing: NDArray[np.float64], air: float, name: str
-) -> tuple[NDArray[np.generic], Affine]:
-    """Resample an oblique grid linearly onto one along the patient's axes that holds all of it, at the same spacing.
-
-    What lies more than a voxel outside the oblique grid is `air`, in stored values.
-
-    Returns the upright array, in the stored type, and the affine from oblique to upright indices (z, y, x).
-
-    Raises:
-        VolumeError: if the upright grid does not fit into memory.
-    """
-    from scipy import ndimage
-
-    last = np.asarray(array.shape, float) - 1.0
-    corners = np.array([[z, y, x, 1.0] for z, y, x in product(*((0.0, end) for end in last))])
-    reach = (corners @ turned.T)[:, :3]
-    low, high = reach.min(axis=0), reach.max(axis=0)
-    size = tuple(int(n) for n in np.ceil((high - low) / spacing - 1e-6).astype(int) + 1)
-    shown_size = " x ".join(map(str, size))
-    if math.prod(size) > UPRIGHT_GROWTH * array.size + UPRIGHT_VOXELS:
-        raise VolumeError(f"{name}: its axes are so skewed that upright it would have {shown_size} voxels; resample it")
-    check_memory(math.prod(size) * array.itemsize, f"{name}: {shown_size} voxels set upright")
-    place = np.eye(4)
-    place[:3, :3] = np.diag(spacing)
-    place[:3, 3] = low
-    upright = np.linalg.inv(place) @ turned
-    back = np.linalg.inv(upright)
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    kind: np.dtype[Any] = array.dtype
-    if kind.kind in "iu":
-        limits = np.iinfo(str(kind))
-        air = round(min(max(air, limits.min), limits.max))
-    else:
-        kind = np.dtype(np.float32)
-    result = np.full(size, air, kind)
-    y, x = np.ogrid[: size[1], : size[2]]
-    for z in range(size[0]):
-        offset = back[:3, :3] @ (z, 0, 0) + back[:3, 3]
-        plane = ndimage.affine_transform(
-            array, back[:3, :3], offset, (1, *size[1:]), output=kind, order=1, mode="nearest"
-        )[0]
-        # The outermost voxels reach one voxel further out: were there air, it would mix into them on the way back.
-        shown = np.ones(plane.shape, bool)
-        for axis in range(3):
-            at = offset[axis] + back[axis, 1] * y + back[axis, 2] * x
-            shown &= (at >= -1.0) & (at <= last[axis] + 1.0)
-        result[z][shown] = plane[shown]
-    return result, upright
 
 
 def _one_line(error: BaseException) -> str:
