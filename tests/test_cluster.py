@@ -1,5 +1,7 @@
 """The cluster is Ray's own, of two nodes on this machine; all but the last test has workers without networks."""
 
+import csv
+import gzip
 import json
 import os
 import signal
@@ -217,7 +219,7 @@ def test_the_command_survives_a_killed_worker(
     for name in names:
         nib.save(blocks[0], tmp_path / "in" / f"{name}_0000.nii.gz")
     command = [sys.executable, "-m", "fastorgan", "predict", "in", "out", "--cluster", two_nodes.address]
-    command += ["--threads", "1", "--report", "run.json"]
+    command += ["--threads", "1", "--report", "run.json", "--page", "report.html", "--statistics", "organs.csv"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         deadline = time.monotonic() + 180
         while len(list((tmp_path / "out").glob("case*"))) < 3:
@@ -239,5 +241,12 @@ def test_the_command_survives_a_killed_worker(
     assert [Path(case["input"]).name for case in stored["cases"]] == [f"{name}_0000.nii.gz" for name in names]
     assert stored["counts"]["done"] == len(names)
     assert output.count("out/case") == len(names)
-    first, *others = ((tmp_path / "out" / f"{name}.nii.gz").read_bytes() for name in names)
+    first, *others = (gzip.decompress((tmp_path / "out" / f"{name}.nii.gz").read_bytes()) for name in names)
     assert all(first == other for other in others)
+    # What is gathered on the workers' side reaches the page and the table.
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert all(f"{name}.nii.gz" in page for name in names)
+    with (tmp_path / "organs.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["case"] for row in rows[::4]] == names
+    assert len(rows) == 4 * len(names)
