@@ -111,7 +111,9 @@ def set_upright(
         for axis in range(3):
             at = offset[axis] + back[axis, 1] * y + back[axis, 2] * x
             shown &= (at >= -1.0) & (at <= last[axis] + 1.0)
-        values = air + (mean[shown] - air) / weight[shown]
+        # Numbers that float32 cannot hold become infinite, and are clipped to the window later.
+        with np.errstate(over="ignore"):
+            values = air + (mean[shown] - air) / weight[shown]
         result[z][shown] = np.rint(values) if kind.kind in "iu" else values
     return result, upright, dense
 
