@@ -154,7 +154,12 @@ def form_warnings(header: Any) -> list[str]:
     """
     if not isinstance(header, nib.Nifti1Header):
         return []
-    quaternion, rows = (header.get_qform(coded=True)[0], header.get_sform(coded=True)[0])
+    rows = header.get_sform(coded=True)[0]
+    try:
+        quaternion = header.get_qform(coded=True)[0]
+    except ValueError:
+        # Without a sform the affine could not have been had.
+        return ["the qform is no rotation (its quaternion is too long); the sform was used"]
     if quaternion is None and rows is None:
         return ["the header says nothing of directions (qform and sform are 0): left and right may be exchanged"]
     if quaternion is None or rows is None or not (np.isfinite(quaternion).all() and np.isfinite(rows).all()):
