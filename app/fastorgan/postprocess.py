@@ -31,8 +31,7 @@ def organ_margins(logits: NDArray[np.float32], voxel: tuple[float, float, float]
 
     Returns:
         By the organ's code the margin (z, y, x), its logit minus the largest other one, with pieces beyond the number
-        that anatomy allows (those within `BRIDGE_MM` count as one) or smaller than `LEAST_MM3` set to `REMOVED`. Organs
-        that are not there have no entry.
+        that anatomy allows or smaller than `LEAST_MM3` set to `REMOVED`. Organs that are not there have no entry.
     """
     margins = {}
     for organ in ORGANS:
