@@ -112,8 +112,8 @@ class Cascade:
             logits = self._organ_net(to_network(crop))
             device = self.engine.device_name
         with timer.stage("restore"):
-            z, y, x = (float(mm) for mm in np.multiply(roi.box.size, volume.spacing) / CROP_SIZE)
-            margins = organ_margins(logits, (z, y, x))
+            voxel_mm3 = np.prod(np.multiply(roi.box.size, volume.spacing)) / np.prod(CROP_SIZE)
+            margins = organ_margins(logits, float(voxel_mm3))
             # As large as the margins once more, while the labels take their place.
             del logits
             labels = restore_labels(margins, roi.box, volume)

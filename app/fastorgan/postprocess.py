@@ -5,21 +5,17 @@ from functools import reduce
 import numpy as np
 from numpy.typing import NDArray
 
-from .components import largest_components, largest_group
+from .components import largest_components
 from .labels import ORGANS
 
 LEAST_MM3 = {"liver": 10_000.0, "kidney": 4_000.0, "spleen": 4_000.0, "pancreas": 1_000.0}
 """A smaller piece is no organ, nor enough of one to be of use at the border of a scan."""
 
-BRIDGE_MM = {"pancreas": 15.0}
-"""Pieces of such an organ with a narrower gap between them are one: it is thin, and where its neck is not recognised
-head and tail come apart."""
-
 REMOVED = -1.0
 """Margin given to voxels of a piece that is taken away."""
 
 
-def organ_margins(logits: NDArray[np.float32], voxel: tuple[float, float, float]) -> dict[int, NDArray[np.float32]]:
+def organ_margins(logits: NDArray[np.float32], voxel_mm3: float) -> dict[int, NDArray[np.float32]]:
     """Clean each organ and say by how much it wins over every other class, voxel by voxel.
 
     A voxel belongs to an organ where the organ's margin is above 0. Two organs' margins never add up to more than 0,
@@ -27,7 +23,7 @@ def organ_margins(logits: NDArray[np.float32], voxel: tuple[float, float, float]
 
     Args:
         logits: (classes, z, y, x), background first.
-        voxel: size of one voxel in mm (z, y, x).
+        voxel_mm3: volume of one voxel.
 
     Returns:
         By the organ's code the margin (z, y, x), its logit minus the largest other one, with pieces beyond the number
@@ -39,12 +35,7 @@ def organ_margins(logits: NDArray[np.float32], voxel: tuple[float, float, float]
         margin = reduce(lambda best, logit: np.maximum(best, logit, out=best), others[1:], others[0].copy())
         np.subtract(logits[organ.code], margin, out=margin)
         won = margin > 0
-        least = LEAST_MM3[organ.name] / float(np.prod(voxel))
-        if organ.name in BRIDGE_MM:
-            kept = largest_group(won, voxel, (BRIDGE_MM[organ.name],) * 3)
-            kept = kept & (np.count_nonzero(kept) >= least)
-        else:
-            kept = largest_components(won, organ.components, least)
+        kept = largest_components(won, organ.components, LEAST_MM3[organ.name] / voxel_mm3)
         if kept.any():
             margin[won & ~kept] = REMOVED
             margins[organ.code] = margin
