@@ -116,3 +116,11 @@ def test_a_frame_lies_inside_holds_the_organs_and_is_large_enough(
     # Nothing beyond what is asked for.
     asked = np.minimum(extent, stop + MARGIN_MM) - np.maximum(0, start - MARGIN_MM)
     assert (high - low <= np.maximum(asked, np.minimum(extent, LEAST_MM)) + close).all()
+
+
+def test_corners_are_points_for_an_affine() -> None:
+    corners = Box((0.0, 1.0, 2.5), (4.0, 5.0, 6.0)).corners()
+    assert corners.shape == (8, 4)
+    assert corners[0].tolist() == [0.0, 1.0, 2.5, 1.0]
+    assert corners[-1].tolist() == [4.0, 5.0, 6.0, 1.0]
+    assert sorted(set(corners[:, 2])) == [2.5, 6.0]

@@ -22,6 +22,7 @@ from .cache import load_cache
 from .cases import DataError, split_fold
 from .checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from .losses import cross_entropy, dice, focal, foreground_loss
+from .narrow_gradients import narrow_gradients
 from .progress import Progress
 from .recipes import Recipe, sized
 from .sampling import OrganSampler, RoiSampler, Sampler, Scan
@@ -147,6 +148,8 @@ class Run:
         self.network = build(plan.network, plan.variant, plan.recipe.drop).to(self.device)
         # Channels last is the faster layout for both the CPU's and the GPU's convolutions.
         self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        if self.device.type == "cpu" and not bf16_pays(self.device):
+            narrow_gradients(self.network)
         # Weights begin alike in every process, samples do not.
         torch.manual_seed(plan.seed + world.rank)
         self.random = np.random.default_rng([plan.seed, world.rank])
@@ -268,7 +271,8 @@ class Run:
             group["lr"] = rate
         image = image.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16_pays(self.device)):
-            logits = self.parallel(image)
+            # The losses go through whole channels.
+            logits = self.parallel(image).contiguous()
         if self.plan.network == "roi":
             terms = {"loss": foreground_loss(logits, target)}
         elif recipe.loss == "focal":

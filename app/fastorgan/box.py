@@ -1,6 +1,7 @@
 """Boxes in a volume, and the one rule that frames the organs for the organ net."""
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,10 @@ class Box:
         """Extent per axis (z, y, x) in voxels."""
         z, y, x = (b - a for a, b in zip(self.start, self.stop, strict=True))
         return z, y, x
+
+    def corners(self) -> NDArray[np.float64]:
+        """Its corners as homogeneous points (8, 4), for an affine of (z, y, x)."""
+        return np.array([[*corner, 1.0] for corner in product(*zip(self.start, self.stop, strict=True))])
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> "Box":

@@ -7,7 +7,6 @@ where the organ is: no array of the scan's size is made but the labels themselve
 
 import math
 from collections.abc import Mapping
-from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,8 +93,8 @@ def _paint_oblique(
     to_samples[:3, :3] = np.diag(scale)
     to_samples[:3, 3] = (0.5 - np.asarray(box.start)) * scale - 0.5
     matrix = to_samples @ upright
-    edges = [(first - 0.5, last - 0.5) for first, last in _reach(margin, (1.0, 1.0, 1.0))]
-    corners = np.array([[z, y, x, 1.0] for z, y, x in product(*edges)])
+    (z0, z1), (y0, y1), (x0, x1) = ((first - 0.5, last - 0.5) for first, last in _reach(margin, (1.0, 1.0, 1.0)))
+    corners = Box((z0, y0, x0), (z1, y1, x1)).corners()
     there = (corners @ np.linalg.inv(matrix).T)[:, :3]
     low = np.maximum(0, np.floor(there.min(axis=0)).astype(int) - 1)
     high = np.minimum(view.shape, np.ceil(there.max(axis=0)).astype(int) + 2)

@@ -7,12 +7,13 @@ voxels that are denser than air.
 """
 
 import math
-from itertools import product
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
+from .box import Box
 from .errors import VolumeError
 from .memory import check_memory
 
@@ -46,7 +47,7 @@ def is_oblique(turned: Affine) -> bool:
     Args:
         turned: affine of a grid (z, y, x) to RAS mm (z, y, x).
     """
-    directions = turned[:3, :3] / np.linalg.norm(turned[:3, :3], axis=0)
+    directions = turned[:3, :3] / nib.affines.voxel_sizes(turned)
     return bool(np.degrees(np.arccos(np.clip(np.diag(directions), -1.0, 1.0))).max() > OBLIQUE_DEGREES)
 
 
@@ -82,7 +83,7 @@ def set_upright(
     check_memory(array.size * (array.itemsize + 1), f"{name}: {array.size} voxels set upright")
     numbers: NDArray[Any] = array
     dense: NDArray[np.bool_] = numbers > max(air, least) if slope > 0 else numbers < min(air, least)
-    spacing = np.linalg.norm(turned[:3, :3], axis=0)
+    spacing = nib.affines.voxel_sizes(turned)
     low, high = _reach(dense, turned, spacing)
     size = tuple(int(n) for n in np.ceil((high - low) / spacing - 1e-6).astype(int) + 1)
     shown_size = " x ".join(map(str, size))
@@ -122,9 +123,9 @@ def _reach(
     dense: NDArray[np.bool_], turned: Affine, spacing: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """First and last voxel centre in RAS mm (z, y, x) of an upright grid: around all that is dense, or around all."""
-    last = np.asarray(dense.shape, float) - 1.0
-    corners = np.array([[z, y, x, 1.0] for z, y, x in product(*((0.0, end) for end in last))])
-    whole = (corners @ turned.T)[:, :3]
+    z, y, x = dense.shape
+    centres = Box((0.0, 0.0, 0.0), (z - 1.0, y - 1.0, x - 1.0))
+    whole = (centres.corners() @ turned.T)[:, :3]
     low, high = whole.min(axis=0), whole.max(axis=0)
     steps = np.maximum(1, STEP_MM / spacing).astype(int)
     seen = np.argwhere(dense[tuple(slice(None, None, int(step)) for step in steps)]) * steps

@@ -8,7 +8,6 @@ import math
 import mmap
 import os
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,7 @@ class FileGrid:
 
     def box_in_file(self, box: Box) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """First and one past the last voxel, on the file's own axes, of the smallest box that holds `box`."""
-        corners = np.array([[z, y, x, 1.0] for z, y, x in product(*zip(box.start, box.stop, strict=True))])
+        corners = box.corners()
         # Edge coordinates count from voxel edges, affines from centres.
         corners[:, :3] -= 0.5
         if self.upright is not None:
@@ -188,7 +187,7 @@ def read_volume(image: nib.Nifti1Image, name: str, *, hounsfield: bool = True) -
     # Affine of the reoriented (z, y, x) grid to RAS mm in the order (z, y, x).
     turned = affine @ nib.orientations.inv_ornt_aff(orientation, shape)
     turned = turned[[2, 1, 0, 3]][:, [2, 1, 0, 3]]
-    z, y, x = (float(n) for n in np.linalg.norm(turned[:3, :3], axis=0))
+    z, y, x = (float(n) for n in nib.affines.voxel_sizes(turned))
     if is_oblique(turned):
         array, upright, dense = set_upright(array, turned, (slope, intercept), name)
         grid = FileGrid(shape, orientation, upright, dense)
