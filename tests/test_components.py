@@ -146,3 +146,18 @@ def test_kept_pieces_are_whole_and_no_smaller_than_those_dropped(
     _, kept_count = ndimage.label(kept)
     assert kept_count == len(expected)
     assert kept.sum() == sum(expected)
+
+
+def test_parts_that_hang_together_within_another_mask_are_one_piece() -> None:
+    mask, within = row((0, 3), (10, 12), (20, 24)), row((0, 12), (20, 24))
+    # 3 + 2 voxels are more than 4; what lies between them is not kept.
+    assert np.array_equal(largest_components(mask, 1, 1, within), row((0, 3), (10, 12)))
+    assert largest_components(mask, 1, 5, within).any()
+    assert not largest_components(mask, 1, 5.5, within).any()
+
+
+def test_what_lies_in_the_other_mask_alone_is_no_piece() -> None:
+    mask, within = row((10, 12), (20, 23)), row((5, 12), (13, 18), (20, 23))
+    assert np.array_equal(largest_components(mask, 1, 1, within), row((20, 23)))
+    assert np.array_equal(largest_components(mask, 3, 1, within), mask)
+    assert not largest_components(row(), 1, 1, within).any()

@@ -56,6 +56,18 @@ def test_anatomy_limits_the_pieces(organ: int, pieces: int) -> None:
     assert (margin > 0).sum() == 16 * (9 + (6 if pieces == 2 else 0))
 
 
+@pytest.mark.parametrize(("lag", "together"), [(0.5, True), (0.99, True), (1.01, False), (3, False)])
+def test_parts_are_one_piece_where_the_net_hesitates_between_them(lag: float, together: bool) -> None:
+    first, gap, second = block(1, 10), block(10, 12), block(12, 18)
+    logits = logits_of((PANCREAS, first), (PANCREAS, second))
+    logits[PANCREAS][gap] = logits[0][gap] - lag
+    margin = organ_margins(logits, CM3)[PANCREAS]
+    assert (margin[first] == 3).all()
+    assert (margin[second] == (3 if together else REMOVED)).all()
+    # What lies between stays background.
+    assert margin[gap].max() == pytest.approx(-lag)
+
+
 @pytest.mark.parametrize("organ", ORGANS)
 def test_a_piece_below_the_least_volume_is_no_organ(organ: object) -> None:
     code, least = next((o.code, LEAST_MM3[o.name]) for o in ORGANS if o is organ)

@@ -99,16 +99,29 @@ def _widened(mask: NDArray[np.bool_], reach: int, axis: int) -> NDArray[np.bool_
     return np.moveaxis(upper > lower, 0, axis)
 
 
-def largest_components(mask: NDArray[np.bool_], keep: int, least_voxels: float) -> NDArray[np.bool_]:
-    """Keep the `keep` largest face-connected pieces of at least `least_voxels` voxels; empty stays empty."""
+def largest_components(
+    mask: NDArray[np.bool_], keep: int, least_voxels: float, within: NDArray[np.bool_] | None = None
+) -> NDArray[np.bool_]:
+    """Keep the `keep` largest face-connected pieces of at least `least_voxels` voxels; empty stays empty.
+
+    Args:
+        mask: three axes.
+        keep: pieces.
+        least_voxels: may be a fraction.
+        within: holds the mask; parts of it that hang together in `within`, inside the mask's extent, are one piece, of
+            which the mask's voxels alone are counted and kept.
+    """
     if not mask.any():
         return mask
     # An organ fills a small part of the array: the rest need not be gone through once more.
     box = extent(mask)
-    pieces, sizes = label(mask[box])
+    there = mask[box]
+    pieces, sizes = label(there if within is None else within[box])
+    if within is not None:
+        sizes = np.bincount(pieces[there], minlength=len(sizes))
     kept = np.zeros(len(sizes), bool)
     kept[np.argsort(sizes)[::-1][:keep]] = True
     kept &= sizes >= max(1.0, least_voxels)
     result = np.zeros(mask.shape, bool)
-    result[box] = kept[pieces]
+    result[box] = there & kept[pieces]
     return result

@@ -11,6 +11,10 @@ from .labels import ORGANS
 LEAST_MM3 = {"liver": 10_000.0, "kidney": 4_000.0, "spleen": 4_000.0, "pancreas": 1_000.0}
 """A smaller piece is no organ, nor enough of one to be of use at the border of a scan."""
 
+HESITATION = 1.0
+"""Parts of an organ are one piece where, on a way between them, the organ's margin is never further below 0 than this:
+where the net finds the organ at least 1/e as likely as what it took. A pancreas is thin enough to break there."""
+
 REMOVED = -1.0
 """Margin given to voxels of a piece that is taken away."""
 
@@ -26,8 +30,9 @@ def organ_margins(logits: NDArray[np.float32], voxel_mm3: float) -> dict[int, ND
         voxel_mm3: volume of one voxel.
 
     Returns:
-        By the organ's code the margin (z, y, x), its logit minus the largest other one, with pieces beyond the number
-        that anatomy allows or smaller than `LEAST_MM3` set to `REMOVED`. Organs that are not there have no entry.
+        By the organ's code the margin (z, y, x), its logit minus the largest other one. Pieces (`HESITATION`) beyond
+        the number that anatomy allows, or smaller than `LEAST_MM3`, are set to `REMOVED`. Organs that are not there
+        have no entry.
     """
     margins = {}
     for organ in ORGANS:
@@ -35,7 +40,8 @@ def organ_margins(logits: NDArray[np.float32], voxel_mm3: float) -> dict[int, ND
         margin = reduce(lambda best, logit: np.maximum(best, logit, out=best), others[1:], others[0].copy())
         np.subtract(logits[organ.code], margin, out=margin)
         won = margin > 0
-        kept = largest_components(won, organ.components, LEAST_MM3[organ.name] / voxel_mm3)
+        least = LEAST_MM3[organ.name] / voxel_mm3
+        kept = largest_components(won, organ.components, least, within=margin > -HESITATION)
         if kept.any():
             margin[won & ~kept] = REMOVED
             margins[organ.code] = margin
