@@ -1,5 +1,5 @@
 #!/bin/sh
-# Run the checks and the tests; arguments go to pytest, such as -m slow.
+# Run the checks and the tests; arguments go to pytest, such as -m slow, or -n 0 for one process.
 # TORCH names the torch to install, where the one from the package index is not wanted.
 set -eu
 cd "$(dirname "$0")"
@@ -8,4 +8,5 @@ cd "$(dirname "$0")"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/pytest "$@"
+# A process of tests for each core; a module stays in one, with its fixtures.
+.venv/bin/pytest -n auto --dist loadscope "$@"
