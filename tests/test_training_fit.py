@@ -25,7 +25,8 @@ from tests.synthetic_cache import one_thread, write_cache
 from training import fit
 from training.cases import DataError
 from training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
-from training.fit import LOG, Average, DivergedError, Plan, PlanError, Run, bf16_pays
+from training.fit import Average, DivergedError, Plan, PlanError, Run, bf16_pays
+from training.log import LOG
 from training.progress import Progress
 from training.recipes import PRESETS, Recipe
 from training.sampling import Scan

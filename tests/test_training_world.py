@@ -18,7 +18,7 @@ import torch
 from fastorgan.errors import DeviceError
 from tests.synthetic_cache import write_cache
 from training.checkpoint import CHECKPOINT, read_checkpoint
-from training.fit import LOG
+from training.log import LOG
 from training.world import ALONE, joined
 
 ROOT = Path(__file__).parents[1]

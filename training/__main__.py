@@ -1,4 +1,4 @@
-"""`python -m training`: prepare a cache, fit a network, export the weights."""
+"""`python -m training`: prepare a cache, fit a network, draw its curves, export the weights."""
 
 import argparse
 import dataclasses
@@ -123,6 +123,15 @@ def _parser() -> argparse.ArgumentParser:
     left_out.add_argument("--data", type=Path, required=True, help="folder that the cache was prepared from")
     left_out.add_argument("--out", type=Path, required=True, help="folder for the labels; all folds may share it")
     left_out.set_defaults(run=_left_out)
+
+    curves = commands.add_parser(
+        "curves",
+        help="draw loss and Dice of runs",
+        epilog="example: python -m training curves runs/fold0 runs/fold1 --out curves.png",
+    )
+    curves.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run of `fit`")
+    curves.add_argument("--out", type=Path, required=True, help="PNG to write")
+    curves.set_defaults(run=_curves)
     return parser
 
 
@@ -194,6 +203,15 @@ def _left_out(options: argparse.Namespace) -> int:
 
     for case in segment_left_out(options.folder, options.data, options.out):
         print(options.out / f"{case.name}.nii.gz", flush=True)
+    return 0
+
+
+def _curves(options: argparse.Namespace) -> int:
+    from .curves import draw_curves
+    from .log import LOG
+
+    draw_curves([folder / LOG for folder in options.runs], options.out)
+    print(options.out)
     return 0
 
 

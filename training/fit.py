@@ -1,6 +1,5 @@
 """The training loop: one network, one sample a process, on CPUs or GPUs, stopped and resumed at will."""
 
-import csv
 import dataclasses
 import math
 import signal
@@ -21,6 +20,7 @@ from fastorgan.runtime import TorchRuntime, resolve_device
 from .cache import load_cache
 from .cases import DataError, split_fold
 from .checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
+from .log import LOG, append
 from .losses import cross_entropy, dice, focal, foreground_loss
 from .narrow_gradients import narrow_gradients
 from .progress import Progress
@@ -29,7 +29,6 @@ from .sampling import OrganSampler, RoiSampler, Sampler, Scan
 from .stopping import StopRequest
 from .world import ALONE, World
 
-LOG = "log.csv"
 LOG_EVERY = 50
 SAVE_EVERY_S = 120.0
 VALIDATE_PARTS = 12
@@ -395,16 +394,7 @@ class Run:
         values = self.world.mean(values)
         if not self.world.first:
             return
-        columns = ["step", "minutes", "rate", "loss", "entropy", "dice_loss", "dice_foreground"]
-        columns += [f"dice_{organ.name}" for organ in ORGANS]
-        path = self.plan.out / LOG
-        new = not path.exists()
-        with path.open("a", newline="") as stream:
-            writer = csv.DictWriter(stream, columns, restval="")
-            if new:
-                writer.writeheader()
-            numbers = {key: f"{value:.6g}" for key, value in values.items()}
-            writer.writerow({"step": self.step, "minutes": f"{self.seconds / 60:.2f}"} | numbers)
+        append(self.plan.out / LOG, self.step, {"minutes": self.seconds / 60} | values)
 
 
 def bf16_pays(device: torch.device) -> bool:
