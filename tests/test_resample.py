@@ -106,6 +106,10 @@ def test_three_axes_are_three_times_one_axis(data: st.DataObject, shape: Sizes, 
     )
     expected = np.einsum("ai,bj,ck,ijk->abc", z, y, x, volume.astype(float))
     assert resize(volume, box, size, as_float) == pytest.approx(expected, abs=1e-3)
+    # Laid out backwards in memory, it is the same volume.
+    backwards = data.draw(st.tuples(*[st.sampled_from([1, -1])] * 3))
+    turned = tuple(slice(None, None, step) for step in backwards)
+    assert resize(volume[turned].copy()[turned], box, size, as_float) == pytest.approx(expected, abs=1e-3)
 
 
 def ramp_error(axis: int, samples: int, start: float, stop: float, length: int = 60) -> float:
