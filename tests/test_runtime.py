@@ -1,12 +1,15 @@
+import contextlib
 import importlib.util
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastorgan import runtime
@@ -228,3 +231,19 @@ except KeyboardInterrupt:
     environment = {**os.environ, "PYTHONPATH": str(app)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "interrupted\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system has no affinities")
+def test_a_network_may_run_on_every_core() -> None:
+    # OpenVINO would tie a lone thread to the first core, in every process alike.
+    network = OpenVinoRuntime(1).load(Weights.find(), "roi")
+    shape = INPUT_SIZES["roi"]
+    seen: set[frozenset[int]] = set()
+    worker = threading.Thread(target=lambda: [network(np.zeros(shape, np.float32)) for _ in range(3)])
+    worker.start()
+    while worker.is_alive():
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(ProcessLookupError):
+                seen.add(frozenset(os.sched_getaffinity(int(task.name))))
+    worker.join()
+    assert seen == {frozenset(os.sched_getaffinity(0))}

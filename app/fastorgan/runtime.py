@@ -214,6 +214,9 @@ class OpenVinoRuntime:
             # Of what is not in eight bits, where anything is.
             "INFERENCE_PRECISION_HINT": "bf16" if self._precision == "bf16" else "f32",
             "INFERENCE_NUM_THREADS": self.threads,
+            # Pinned, one thread of each process would be on the first core: there the networks of all processes of
+            # a cluster's node would wait for each other, while other cores idle.
+            "ENABLE_CPU_PINNING": False,
         }
         compiled = self._core.compile_model(model, "CPU", settings)
         request = compiled.create_infer_request()
