@@ -2,8 +2,7 @@
 
 Every CT of a folder is segmented as it is and in spoilt copies: turned, mirrored, cut, noisy, inverted, shifted in HU,
 and in parts that hold none of the organs. The true labels are turned and cut along with it, so that each organ of each
-copy
-has its DSC to hold the doubts against.
+copy has its DSC to hold the doubts against.
 """
 
 import csv
