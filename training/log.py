@@ -12,9 +12,11 @@ from .cases import DataError
 LOG = "log.csv"
 """Its name in the folder of a run."""
 
-LOSSES = {"loss": "loss", "entropy": "cross-entropy", "dice_loss": "soft Dice loss"}
+LOSSES = ("loss", "entropy", "dice_loss")
+"""Columns of the training samples."""
+
 SCORES = {"dice_foreground": "all organs"} | {f"dice_{organ.name}": organ.name for organ in ORGANS}
-"""Columns and their names: of the training samples, and of the patients left out."""
+"""Columns of the patients left out, and their names."""
 
 COLUMNS = ("step", "minutes", "rate", *LOSSES, *SCORES)
 
