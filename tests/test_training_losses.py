@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastorgan.labels import CLASSES, IGNORE
-from training.losses import cross_entropy, dice, focal, foreground_loss
+from training.losses import VOXELS_AT_ONCE, cross_entropy, dice, entropy_and_dice, focal, foreground_loss
 
 
 def logits_of(*probabilities: list[float]) -> Tensor:
@@ -184,3 +184,45 @@ def test_foreground_loss_has_finite_gradients() -> None:
         loss = foreground_loss(logit, share)
         assert loss.isfinite()
         assert gradient(loss, logit).isfinite().all()
+
+
+# Entropy and Dice in one pass
+
+
+def plain_entropy_and_dice(logits: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by torch's own operations over whole arrays, which differentiates them itself."""
+    entropy = torch.nn.functional.cross_entropy(logits, codes, ignore_index=IGNORE)
+    known = (codes != IGNORE)[:, None]
+    probabilities = torch.softmax(logits, 1) * known
+    target = torch.nn.functional.one_hot(codes.masked_fill(codes == IGNORE, 0), CLASSES).movedim(-1, 1) * known
+    axes = (0, 2, 3, 4)
+    score = (2 * (probabilities * target).sum(axes) + 1) / (probabilities.sum(axes) + target.sum(axes) + 1)
+    there = target.sum(axes) > 0
+    there[0] = False
+    return entropy, 1 - score[there].mean()
+
+
+@pytest.mark.parametrize("absent", [None, 4])
+def test_entropy_and_dice_agree_with_torchs_own_gradients(absent: int | None) -> None:
+    # Two samples of more voxels than are taken at a time, and not a multiple of them.
+    shape = (30, 31, 41)
+    assert math.prod(shape) > 2 * VOXELS_AT_ONCE
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(2, CLASSES, *shape, generator=generator) * 3).requires_grad_()
+    codes = torch.randint(0, CLASSES + 1, (2, *shape), generator=generator)
+    codes = torch.where((codes == CLASSES) | (codes == absent), IGNORE, codes)
+    for found, true in zip(entropy_and_dice(logits, codes), plain_entropy_and_dice(logits, codes), strict=True):
+        torch.testing.assert_close(found, true, rtol=1e-5, atol=0)
+    entropy, overlap = entropy_and_dice(logits, codes)
+    plain_entropy, plain_overlap = plain_entropy_and_dice(logits, codes)
+    # Weights tell the two from each other.
+    found = gradient(2 * entropy + 3 * overlap, logits)
+    true = gradient(2 * plain_entropy + 3 * plain_overlap, logits)
+    torch.testing.assert_close(found, true, rtol=1e-3, atol=float(true.abs().max()) * 1e-5)
+
+
+def test_gradients_of_half_precision_logits_are_of_their_kind() -> None:
+    logits = torch.randn(1, CLASSES, 4, 4, 4).bfloat16().requires_grad_()
+    codes = torch.randint(0, CLASSES, (1, 4, 4, 4))
+    entropy, overlap = entropy_and_dice(logits, codes)
+    assert gradient(entropy + overlap, logits).dtype == torch.bfloat16

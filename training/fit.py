@@ -21,7 +21,7 @@ from .cache import load_cache
 from .cases import DataError, split_fold
 from .checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from .log import LOG, append
-from .losses import cross_entropy, dice, focal, foreground_loss
+from .losses import entropy_and_dice, focal, foreground_loss
 from .narrow_gradients import narrow_gradients
 from .progress import Progress
 from .recipes import Recipe, sized
@@ -277,8 +277,8 @@ class Run:
         elif recipe.loss == "focal":
             terms = {"loss": focal(logits, target)}
         else:
-            terms = {"entropy": cross_entropy(logits, target), "dice_loss": dice(logits, target)}
-            terms["loss"] = terms["entropy"] + terms["dice_loss"]
+            entropy, overlap = entropy_and_dice(logits, target)
+            terms = {"entropy": entropy, "dice_loss": overlap, "loss": entropy + overlap}
         self.optimiser.zero_grad(set_to_none=True)
         terms["loss"].backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
