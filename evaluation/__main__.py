@@ -35,7 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_doubts(commands)
     performance.add_commands(commands)
     _add_soak(commands)
-    args = parser.parse_args(argv)
+    own, handed_on = performance.split_options(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(own)
+    if handed_on:
+        args.options = handed_on
     try:
         code: int = args.run(args)
     except FastorganError as error:

@@ -1,11 +1,14 @@
 """The commands that measure speed and memory: `benchmark`, `throughput`, `scaling`, `floors` and `stretch`."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+BENCHMARK = "benchmark"
 
 
 def add_commands(commands: "Commands") -> None:
@@ -18,9 +21,21 @@ def add_commands(commands: "Commands") -> None:
     _add_engines(commands)
 
 
+def split_options(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What the command itself is to read, and the options behind `--` that `benchmark` hands on.
+
+    argparse loses them where an option of the command stands between them and the CT.
+    """
+    if argv[:1] != [BENCHMARK] or "--" not in argv:
+        return list(argv), []
+    place = argv.index("--")
+    return list(argv[:place]), list(argv[place + 1 :])
+
+
 def _add_benchmark(commands: "Commands") -> None:
     parser = commands.add_parser(
-        "benchmark",
+        BENCHMARK,
+        usage="%(prog)s [-h] [--runs RUNS] [--no-reference] [--json FILE] CT [-- OPTION ...]",
         help="time and memory on one CT, beside the straightforward way",
         description="""\
 Run `fastorgan predict` on a CT again and again, each time in a process of its
@@ -38,11 +53,10 @@ examples:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("ct", type=Path, metavar="CT", help="a .nii.gz or .nii file")
-    parser.add_argument("options", nargs="*", metavar="OPTION", help="of `fastorgan predict`")
     parser.add_argument("--runs", type=_count, default=5, help="of each program (default: %(default)s)")
     parser.add_argument("--no-reference", dest="reference", action="store_false", help="fastorgan alone")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all readings")
-    parser.set_defaults(run=_benchmark)
+    parser.set_defaults(run=_benchmark, options=[])
 
 
 def _benchmark(args: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import nibabel as nib
 import numpy as np
@@ -124,6 +125,25 @@ def test_the_table_has_medians_and_ratios(ct: Path, tmp_path: Path) -> None:
 def test_rates_are_told_against_one_job() -> None:
     text = Throughput(6, {1: [20.0, 30.0, 25.0], 2: [40.0, 50.0, 45.0]}, {1: [500.0] * 3, 2: [700.0] * 3}).text()
     assert text.splitlines()[2].split() == ["2", "45.0", "(40.0-50.0)", "1.80x", "700", "(700-700)"]
+
+
+@pytest.mark.parametrize(
+    "own", [["--runs", "2", "--no-reference", "ct.nii.gz"], ["ct.nii.gz", "--runs", "2", "--no-reference"]]
+)
+@pytest.mark.parametrize("handed_on", [[], ["--device", "cpu", "--jobs", "2"]])
+def test_options_behind_dashes_go_to_predict(
+    own: list[str], handed_on: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = []
+
+    def benchmark(ct: Path, runs: int, options: list[str], *, reference: bool) -> Mock:
+        taken.append((ct, runs, options, reference))
+        return Mock(text=lambda: "done")
+
+    monkeypatch.setattr("evaluation.benchmark.benchmark", benchmark)
+    assert main(["benchmark", *own, *(["--", *handed_on] if handed_on else [])]) == 0
+    assert taken == [(Path("ct.nii.gz"), 2, handed_on, False)]
+    assert capsys.readouterr().out == "done\n"
 
 
 @pytest.mark.slow
