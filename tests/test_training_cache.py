@@ -1,4 +1,5 @@
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import pytest
 from numpy.typing import NDArray
 
 from fastorgan.errors import VolumeError
+from fastorgan.labels import CLASSES, IGNORE
 from fastorgan.volume import load_image
 from tests.synthetic_cache import anatomy, grey
-from training.cache import CachedVolume, cache_case, load_cache, prepare
+from training.cache import STRUCTURES, CachedVolume, cache_case, load_cache, prepare
 from training.cases import Case, DataError, find_cases
 
 
@@ -124,6 +126,48 @@ def test_only_the_surroundings_of_the_organs_are_kept_for_the_organ_net(tmp_path
     assert np.argwhere(organs.labels == 2).min(axis=0).tolist() == [28, 30, 40]
     assert roi.image.shape == shape
     assert roi.origin_mm.tolist() == [0, 0, 0]
+
+
+def with_structures(case: Case, structures: NDArray[Any]) -> Case:
+    """The case with further organs (z, y, x), written beside its labels."""
+    path = case.labels.with_name("structures.nii")
+    affine = load_image(case.labels).affine
+    nib.save(nib.Nifti1Image(np.ascontiguousarray(structures.transpose(2, 1, 0)), affine), path)
+    return replace(case, structures=path)
+
+
+def test_structures_are_kept_where_no_organ_is(tmp_path: Path) -> None:
+    shape, spacing = (12, 16, 20), (5.0, 3.0, 3.0)
+    codes = np.zeros(shape, np.uint8)
+    codes[3:9, 4:12, 2:8] = 1
+    codes[3:9, 4:12, 17:18] = IGNORE
+    case = write_case(tmp_path, ramp(shape), codes, spacing)
+    plain, plain_roi = cache_case(case)
+    assert not plain.has_structures
+    marks = np.zeros(shape, np.uint8)
+    # FLARE22's liver, smaller than ours; a stomach beyond it and on unknown ground; its left kidney, no structure.
+    marks[4:8, 5:11, 3:7] = 1
+    marks[3:9, 4:12, 6:12] = 11
+    marks[3:9, 4:12, 17:18] = 11
+    marks[3:9, 12:14, 2:8] = 13
+    organs, roi = cache_case(with_structures(case, marks))
+    expected = codes.copy()
+    expected[3:9, 4:12, 8:12] = 11
+    assert np.array_equal(organs.labels, expected)
+    assert organs.has_structures
+    assert STRUCTURES[11 - CLASSES] == "stomach"
+    # They change neither the frame nor what the ROI net looks for.
+    assert np.array_equal(organs.organs_mm, plain.organs_mm)
+    assert np.array_equal(roi.labels, plain_roi.labels)
+
+
+def test_structures_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    codes = anatomy((12, 16, 20))
+    case = write_case(tmp_path, ramp(codes.shape), codes, (5.0, 3.0, 3.0))
+    with pytest.raises(DataError, match=r"structures\.nii: holds labels other than 0 to 13 and 255"):
+        cache_case(with_structures(case, np.full(codes.shape, 14, np.uint8)))
+    with pytest.raises(DataError, match=r"structures\.nii: shape or affine differ"):
+        cache_case(with_structures(case, np.zeros((12, 16, 19), np.uint8)))
 
 
 def test_the_files_axes_do_not_matter(tmp_path: Path) -> None:

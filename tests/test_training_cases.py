@@ -25,6 +25,13 @@ def test_the_projects_own_layout(tmp_path: Path) -> None:
     ]
 
 
+def test_labels_of_further_organs_are_found_where_there_are_some(tmp_path: Path) -> None:
+    lay_out(tmp_path, "images", "labels", ("a.nii.gz", "a.nii.gz"), ("b.nii.gz", "b.nii.gz"))
+    (tmp_path / "structures").mkdir()
+    (tmp_path / "structures" / "b.nii.gz").touch()
+    assert [case.structures for case in find_cases(tmp_path)] == [None, tmp_path / "structures" / "b.nii.gz"]
+
+
 def test_flare21s_own_layout(tmp_path: Path) -> None:
     names = ("train_000", "train_001", "train_360")
     lay_out(tmp_path, "TrainingImg", "TrainingMask", *((f"{n}_0000.nii.gz", f"{n}.nii.gz") for n in names))

@@ -25,7 +25,7 @@ def test_a_log_has_one_header_and_reads_as_it_was_written(tmp_path: Path) -> Non
     log = make_log(tmp_path / "run", scored=True)
     lines = log.read_text().splitlines()
     assert lines[0].split(",") == list(COLUMNS)
-    assert lines[1] == "50,1.5,0.001,0.75,,,,,,,"
+    assert lines[1] == "50,1.5,0.001,0.75,,,,,,,,"
     assert len(lines) == 4
     curves = read_curves(log)
     assert set(curves) == {"loss", "dice_liver", "dice_spleen"}

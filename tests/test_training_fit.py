@@ -19,10 +19,11 @@ pytest.importorskip("torch")
 import torch
 
 from fastorgan.errors import DeviceError
-from fastorgan.networks import RoiUNet, SlimRoiUNet
+from fastorgan.networks import DenseVNet, RoiUNet, SlimRoiUNet
 from fastorgan.networks.blocks import parameter_count
 from tests.synthetic_cache import one_thread, write_cache
 from training import fit
+from training.cache import CachedVolume
 from training.cases import DataError
 from training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from training.fit import Average, DivergedError, Plan, PlanError, Run, bf16_pays
@@ -246,6 +247,61 @@ def test_a_run_that_is_done_stays_as_it_is(cache: Path, tmp_path: Path) -> None:
     assert run.progress == 1.0
     assert run.fit() is None
     assert_same(before, read_checkpoint(tmp_path / CHECKPOINT, CPU))
+
+
+@pytest.fixture(scope="module")
+def marked_cache(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache with a stomach beside the organs."""
+    folder = tmp_path_factory.mktemp("marked")
+    for path in cache.glob("*.organs.npz"):
+        volume = CachedVolume.load(path)
+        labels = volume.labels.copy()
+        labels[8:14, 10:16, 18:22][labels[8:14, 10:16, 18:22] == 0] = 11
+        assert (labels == 11).sum() > 50
+        replace(volume, labels=labels).save(folder / path.name)
+    return folder
+
+
+def test_structures_are_learnt_beside_the_organs_and_not_exported(marked_cache: Path, tmp_path: Path) -> None:
+    run = Run(organs(marked_cache, tmp_path, replace(LIGHT, warm_up=0), steps=30))
+    terms = []
+
+    def note(step: Any = run._train_step) -> dict[str, float]:
+        terms.append(step())
+        return terms[-1]  # type: ignore[no-any-return]
+
+    run._train_step = note  # type: ignore[method-assign]
+    run.fit()
+    learnt = [step["structures"] for step in terms]
+    assert np.mean(learnt[-5:]) < 0.8 * np.mean(learnt[:3])
+    assert terms[0]["loss"] == pytest.approx(terms[0]["entropy"] + terms[0]["dice_loss"], rel=1e-4)
+    assert [float(row["structures"]) > 0 for row in read_log(tmp_path)] == [True]
+    state = read_checkpoint(tmp_path / CHECKPOINT, CPU)
+    assert state["export"].keys() == DenseVNet().state_dict().keys()
+    assert {key for key in state["network"] if key.startswith("head.")} == {"head.weight", "head.bias"}
+
+
+def test_a_run_with_structures_in_slices_is_the_same_run(marked_cache: Path, tmp_path: Path) -> None:
+    plan = organs(marked_cache, tmp_path / "whole", steps=4)
+    restart_as_new_process(plan).fit()
+    sliced = replace(plan, out=tmp_path / "sliced")
+    assert slice_by_slice(sliced) == 4
+    assert_same_run(plan.out, sliced.out)
+
+
+def test_structures_can_be_left_out(marked_cache: Path, tmp_path: Path) -> None:
+    plain = replace(LIGHT, structures=0.0)
+    Run(organs(marked_cache, tmp_path, plain, steps=1)).fit()
+    assert read_log(tmp_path)[0]["structures"] == ""
+    with pytest.raises(DataError, match="other heads; choose another --out"):
+        Run(organs(marked_cache, tmp_path, steps=2))
+
+
+def test_the_papers_preset_trains_on_a_cache_with_structures(marked_cache: Path, tmp_path: Path) -> None:
+    pytest.importorskip("batchgenerators")
+    run = Run(organs(marked_cache, tmp_path, PAPER, steps=1))
+    run.fit()
+    assert float(read_log(tmp_path)[0]["loss"]) > 0
 
 
 def test_a_longer_run_goes_on_from_a_shorter_one(cache: Path, tmp_path: Path) -> None:

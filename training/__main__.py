@@ -48,7 +48,12 @@ def _parser() -> argparse.ArgumentParser:
         help="make the compact training cache",
         epilog="example: python -m training prepare --data DATA --out runs/cache",
     )
-    prepare.add_argument("--data", type=Path, required=True, help="folder with images/ and labels/, or FLARE21's own")
+    prepare.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder with images/ and labels/, or FLARE21's own; structures/ may label further organs",
+    )
     prepare.add_argument("--out", type=Path, required=True, help="cache folder to write")
     prepare.set_defaults(run=_prepare)
 
@@ -69,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
         "--size", type=_count, nargs=3, metavar=("Z", "Y", "X"), help="samples of the organ net's crop, multiples of 8"
     )
     fit.add_argument("--rate", type=_amount, help="initial learning rate, instead of the preset's")
+    fit.add_argument(
+        "--structures",
+        type=_weight,
+        metavar="WEIGHT",
+        help="of the loss of further organs, where the cache has them, instead of the preset's",
+    )
     fit.add_argument("--steps", type=_count, help="length of the whole run, over all its slices")
     fit.add_argument("--minutes", type=_amount, help="length of the whole run; with --steps whichever ends first")
     fit.add_argument("--slice", type=_amount, metavar="MINUTES", help="stop after so long, to be resumed")
@@ -156,7 +167,11 @@ def _fit(options: argparse.Namespace) -> int:
         raise PlanError("the ROI net's size is fixed; leave out --size")
     if options.threads:
         torch.set_num_threads(options.threads)
-    changes = {"size": tuple(options.size) if options.size else None, "rate": options.rate}
+    changes = {
+        "size": tuple(options.size) if options.size else None,
+        "rate": options.rate,
+        "structures": options.structures,
+    }
     recipe = dataclasses.replace(PRESETS[options.preset], **{k: v for k, v in changes.items() if v is not None})
     plan = Plan(
         options.network,
@@ -244,6 +259,13 @@ def _share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def _weight(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not zero or a positive number")
     return value
 
 

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,10 +22,29 @@ from fastorgan.resample import resize
 
 from .cases import Case, DataError
 
+if TYPE_CHECKING:
+    import nibabel as nib
+
 FINEST_MM = (2.5, 1.5, 1.5)
 """Volumes finer than this (z, y, x) are averaged to it for the organ net."""
 
 ROI_MM = (3.0, 3.0, 3.0)
+
+STRUCTURES = (
+    "aorta",
+    "inferior vena cava",
+    "right adrenal gland",
+    "left adrenal gland",
+    "gallbladder",
+    "oesophagus",
+    "stomach",
+    "duodenum",
+)
+"""Further organs that may be labelled, in the order of their codes, which follow the organs'. So FLARE22 has them,
+whose codes 1 to 4 and 13 (left kidney) are the organs that fastorgan labels."""
+
+MARKS = CLASSES + len(STRUCTURES)
+"""Codes in the cache are below this, or `IGNORE`."""
 
 SURROUND_MM = 60.0
 """Kept around the organs' box, for shifted, turned and grown boxes."""
@@ -37,7 +57,8 @@ class CachedVolume:
     Attributes:
         name, patient: of the case.
         image: uint8 levels of the HU window, (z, y, x).
-        labels: uint8, the same shape: organ codes with `IGNORE`, or for the ROI net the foreground's share, 0 to 255.
+        labels: uint8, the same shape: codes of organs, and of `STRUCTURES` where they are labelled, with `IGNORE`; for
+            the ROI net the foreground's share, 0 to 255.
         spacing: mm (z, y, x).
         origin_mm: the array's first corner in mm from the scan's corner.
         scan_mm: the scan's extent in mm.
@@ -52,6 +73,11 @@ class CachedVolume:
     origin_mm: NDArray[np.float64]
     scan_mm: NDArray[np.float64]
     organs_mm: NDArray[np.float64]
+
+    @property
+    def has_structures(self) -> bool:
+        """Whether any of `STRUCTURES` is labelled."""
+        return bool(((self.labels >= CLASSES) & (self.labels < MARKS)).any())
 
     def save(self, path: Path) -> None:
         """Write one compressed npz file, whole or not at all."""
@@ -105,18 +131,11 @@ def cache_case(case: Case) -> tuple[CachedVolume, CachedVolume]:
     # Reading needs nibabel, which a bare training machine need not have.
     from fastorgan.volume import load_image, read_volume
 
-    image, marked = load_image(case.image), load_image(case.labels)
-    if image.shape != marked.shape or not np.allclose(image.affine, marked.affine, atol=1e-2):
-        raise DataError(f"{case.image} and {case.labels}: shape or affine differ")
+    image = load_image(case.image)
     volume = read_volume(image, str(case.image))
-    mask = read_volume(marked, str(case.labels), hounsfield=False)
     if volume.grid.upright is not None:
         raise DataError(f"{case.image}: oblique; resample it and its labels along the patient's axes first")
-    # Checked before they are cast: 256 or -1 would wrap to a code that is allowed.
-    marks = np.rint(mask.array.astype(np.float32) * np.float32(mask.slope) + np.float32(mask.intercept))
-    if not np.isin(marks, (*range(CLASSES), IGNORE)).all():
-        raise DataError(f"{case.labels}: holds labels other than 0 to {CLASSES - 1} and {IGNORE}")
-    labels = marks.astype(np.uint8)
+    labels = _read_codes(case.labels, case.image, image, CLASSES)
     foreground = (labels > 0) & (labels != IGNORE)
     if not foreground.any():
         raise DataError(f"{case.labels}: holds no organ")
@@ -146,17 +165,43 @@ def cache_case(case: Case) -> tuple[CachedVolume, CachedVolume]:
     near_mm = np.asarray(values.shape) * spacing
     fine = _sizes(near_mm, np.maximum(spacing, FINEST_MM))
     within = Box.whole(values.shape)
+    marks = _resize_labels(codes, fine)
+    if case.structures is not None:
+        marks = _beside(marks, _read_codes(case.structures, case.image, image, MARKS + 1)[near], fine)
     organs = CachedVolume(
         case.name,
         case.patient,
         to_levels(resize(values, within, fine, volume.unit)),
-        _resize_labels(codes, fine),
+        marks,
         near_mm / fine,
         first * spacing,
         scan_mm,
         organs_mm,
     )
     return organs, roi
+
+
+def _read_codes(path: Path, scan: Path, image: "nib.Nifti1Image", end: int) -> NDArray[np.uint8]:
+    """Upright codes of a label file that must fit `image`, which was read from `scan`: 0 to `end` - 1, or `IGNORE`."""
+    from fastorgan.volume import load_image, read_volume
+
+    marked = load_image(path)
+    if image.shape != marked.shape or not np.allclose(image.affine, marked.affine, atol=1e-2):
+        raise DataError(f"{scan} and {path}: shape or affine differ")
+    mask = read_volume(marked, str(path), hounsfield=False)
+    # Checked before they are cast: 256 or -1 would wrap to a code that is allowed.
+    marks = np.rint(mask.array.astype(np.float32) * np.float32(mask.slope) + np.float32(mask.intercept))
+    if not np.isin(marks, (*range(end), IGNORE)).all():
+        raise DataError(f"{path}: holds labels other than 0 to {end - 1} and {IGNORE}")
+    codes: NDArray[np.uint8] = marks.astype(np.uint8)
+    return codes
+
+
+def _beside(codes: NDArray[np.uint8], structures: NDArray[np.uint8], size: tuple[int, int, int]) -> NDArray[np.uint8]:
+    """Put structures, by FLARE22's codes, where `codes` of `size` has background."""
+    others = _resize_labels(np.where((structures >= CLASSES) & (structures < MARKS), structures, np.uint8(0)), size)
+    result: NDArray[np.uint8] = np.where(codes == 0, others, codes)
+    return result
 
 
 def _sizes(extent: NDArray[np.float64], spacing: NDArray[np.float64]) -> tuple[int, int, int]:

@@ -21,19 +21,24 @@ class DataError(FastorganError):
 
 @dataclass(frozen=True)
 class Case:
-    """One labelled volume: its name, its patient, and its files."""
+    """One labelled volume: its name, its patient, and its files.
+
+    Attributes:
+        structures: labels of further organs, by FLARE22's codes; None where there are none.
+    """
 
     name: str
     patient: str
     image: Path
     labels: Path
+    structures: Path | None = None
 
 
 def find_cases(data: Path) -> list[Case]:
     """List the cases of a data folder in the order of their names.
 
     Images are NAME_0000.nii.gz or NAME.nii.gz, labels NAME.nii.gz, in any of `LAYOUTS`. A file patients.csv with the
-    columns name,patient may group volumes by patient.
+    columns name,patient may group volumes by patient, and structures/NAME.nii.gz may label further organs.
 
     Raises:
         DataError: if the folder has no known layout or no case, an image has no label, two images share a name, or
@@ -52,7 +57,9 @@ def find_cases(data: Path) -> list[Case]:
         label = data / labels / f"{name}.nii.gz"
         if not label.is_file():
             raise DataError(f"{image}: there is no label file {label}")
-        cases.append(Case(name, patients.get(name, patient_of(name)), image, label))
+        structures = data / "structures" / f"{name}.nii.gz"
+        patient = patients.get(name, patient_of(name))
+        cases.append(Case(name, patient, image, label, structures if structures.is_file() else None))
     cases.sort(key=lambda case: case.name)
     for first, second in pairwise(cases):
         if first.name == second.name:

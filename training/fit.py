@@ -27,6 +27,7 @@ from .progress import Progress
 from .recipes import Recipe, sized
 from .sampling import OrganSampler, RoiSampler, Sampler, Scan
 from .stopping import StopRequest
+from .structures import TwoHeads, split_codes, structures_loss
 from .world import ALONE, World
 
 LOG_EVERY = 50
@@ -145,10 +146,15 @@ class Run:
         self.train = [Scan.to_device(v, self.device) for v in train]
         self.held_out = [Scan.to_device(v, self.device) for v in volumes if v.patient in left_out]
         self.network = build(plan.network, plan.variant, plan.recipe.drop).to(self.device)
+        # What is trained: the network alone, or with a head that stays behind.
+        self.model = self.network
+        structures = plan.recipe.structures > 0 and any(volume.has_structures for volume in train)
+        if structures and isinstance(self.network, DenseVNet):
+            self.model = TwoHeads(self.network).to(self.device)
         # Channels last is the faster layout for both the CPU's and the GPU's convolutions.
-        self.network.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        self.model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         if self.device.type == "cpu" and not bf16_pays(self.device):
-            narrow_gradients(self.network)
+            narrow_gradients(self.model)
         # Weights begin alike in every process, samples do not.
         torch.manual_seed(plan.seed + world.rank)
         self.random = np.random.default_rng([plan.seed, world.rank])
@@ -166,7 +172,7 @@ class Run:
         plan.out.mkdir(parents=True, exist_ok=True)
         if resuming:
             self._resume()
-        self.parallel = world.parallel(self.network)
+        self.parallel = world.parallel(self.model)
 
     @property
     def progress(self) -> float:
@@ -271,17 +277,25 @@ class Run:
         image = image.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16_pays(self.device)):
             # The losses go through whole channels.
-            logits = self.parallel(image).contiguous()
+            logits, further = self.parallel(image), None
+            if isinstance(logits, tuple):
+                logits, further = logits
+            logits = logits.contiguous()
         if self.plan.network == "roi":
             terms = {"loss": foreground_loss(logits, target)}
-        elif recipe.loss == "focal":
-            terms = {"loss": focal(logits, target)}
         else:
-            entropy, overlap = entropy_and_dice(logits, target)
-            terms = {"entropy": entropy, "dice_loss": overlap, "loss": entropy + overlap}
+            organs, structures = split_codes(target)
+            if recipe.loss == "focal":
+                terms = {"loss": focal(logits, organs)}
+            else:
+                entropy, overlap = entropy_and_dice(logits, organs)
+                terms = {"entropy": entropy, "dice_loss": overlap, "loss": entropy + overlap}
+            if further is not None:
+                terms["structures"] = structures_loss(further.contiguous(), structures)
         self.optimiser.zero_grad(set_to_none=True)
-        terms["loss"].backward()  # type: ignore[no-untyped-call]
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), 5.0)
+        whole = terms["loss"] + recipe.structures * terms.get("structures", torch.zeros(()))
+        whole.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
         if not bool(norm.isfinite()):
             raise DivergedError(f"{self.plan.out}: gradients are not finite at step {self.step}; try a lower --rate")
         self.optimiser.step()
@@ -293,9 +307,9 @@ class Run:
         recipe = self.plan.recipe
         if recipe.optimiser == "sgd":
             return torch.optim.SGD(
-                self.network.parameters(), recipe.rate, momentum=0.99, nesterov=True, weight_decay=recipe.weight_decay
+                self.model.parameters(), recipe.rate, momentum=0.99, nesterov=True, weight_decay=recipe.weight_decay
             )
-        return torch.optim.AdamW(self.network.parameters(), recipe.rate, weight_decay=recipe.weight_decay)
+        return torch.optim.AdamW(self.model.parameters(), recipe.rate, weight_decay=recipe.weight_decay)
 
     def _slice_used(self, seconds: float) -> bool:
         return self.plan.slice_minutes is not None and seconds / 60 >= self.plan.slice_minutes
@@ -326,7 +340,7 @@ class Run:
             return
         state = {
             "export": self.exported(),
-            "network": self.network.state_dict(),
+            "network": self.model.state_dict(),
             "average": self.average.state,
             "optimiser": self.optimiser.state_dict(),
             "step": self.step,
@@ -373,11 +387,13 @@ class Run:
             raise DataError(f"{self.plan.out}: holds a run of another network; choose another --out")
         if state["recipe"]["optimiser"] != self.plan.recipe.optimiser:
             raise DataError(f"{self.plan.out}: holds a run of another preset; choose another --out")
+        if state["network"].keys() != self.model.state_dict().keys():
+            raise DataError(f"{self.plan.out}: holds a run with other heads; choose another --out")
         if any(index >= len(self.train) for index in state["order"]):
             raise DataError(f"{self.plan.out}: holds a run on more cases; choose another --out")
         if state.get("left_out", self.left_out) != self.left_out:
             raise DataError(f"{self.plan.out}: holds a run that left other patients out; choose another --out")
-        self.network.load_state_dict(state["network"])
+        self.model.load_state_dict(state["network"])
         self.average.state = state["average"]
         self.optimiser.load_state_dict(state["optimiser"])
         self.step, self.seconds, self.order = state["step"], state["seconds"], state["order"]

@@ -18,7 +18,7 @@ LOSSES = ("loss", "entropy", "dice_loss")
 SCORES = {"dice_foreground": "all organs"} | {f"dice_{organ.name}": organ.name for organ in ORGANS}
 """Columns of the patients left out, and their names."""
 
-COLUMNS = ("step", "minutes", "rate", *LOSSES, *SCORES)
+COLUMNS = ("step", "minutes", "rate", *LOSSES, "structures", *SCORES)
 
 
 @dataclass

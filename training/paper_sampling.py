@@ -62,7 +62,7 @@ class PaperSampler:
         )
 
     def draw(self, scan: Scan) -> tuple[Tensor, Tensor]:
-        """One sample of `scan`: image (1, 1, *size) in the networks' range, labels (1, *size) int64."""
+        """One sample of `scan`: image (1, 1, *size) in the networks' range, codes of the cache (1, *size) int64."""
         image, codes = boxed(scan.source, self.size)
         np.random.seed(int(self.random.integers(2**31)))  # noqa: NPY002  batchgenerators knows no other
         batch = self.transform(data=to_network(image)[None, None], seg=codes[None, None].astype(np.float32))

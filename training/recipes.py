@@ -57,6 +57,8 @@ class Recipe:
         freeze_norm: progress from which batch norm uses its running statistics, as inference does; 1 never.
         steps, epochs: default length; the paper has 600 epochs of one step per case.
         weight_decay: of every parameter.
+        structures: weight of the loss of further organs, where the cache has them (`training.structures`); 0 leaves
+            them out.
         augmentation: strengths for augment="torch".
     """
 
@@ -72,13 +74,16 @@ class Recipe:
     steps: int | None = None
     epochs: int | None = None
     weight_decay: float = 1e-4
+    structures: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
 PRESETS = {
     # He & Luo, table 3: SGD 0.01, poly decay 0.9, focal loss, 600 epochs, batch 1, rotation, scaling and noise.
     "paper": Recipe("sgd", 0.01, "focal", 0.5, CROP_SIZE, "batchgenerators", 0, 0.0, 1.0, epochs=600),
-    "light": Recipe("adamw", 2e-3, "entropy+dice", 0.0, CROP_SIZE, "torch", 100, 0.998, 0.8, steps=12000),
+    "light": Recipe(
+        "adamw", 2e-3, "entropy+dice", 0.0, CROP_SIZE, "torch", 100, 0.998, 0.8, steps=12000, structures=0.3
+    ),
 }
 """By name; `light` is what ships. The ROI net takes its size from `ROI_SIZE` under either."""
 

@@ -50,7 +50,7 @@ class Sampler(Protocol):
 
 
 class OrganSampler:
-    """Samples for the organ net: image (1, 1, *size) in the network's range, labels (1, *size) int64.
+    """Samples for the organ net: image (1, 1, *size) in the network's range, codes of the cache (1, *size) int64.
 
     Voxels outside the cached surroundings are `IGNORE`. Without an augmentation the sample is the labels' own box.
     """

@@ -68,6 +68,11 @@ class DenseVNet(nn.Module):
 
     def half_logits(self, x: Tensor) -> Tensor:
         """Logits at half the input's size, before the last linear enlargement: (N, classes, D/2, H/2, W/2)."""
+        logits: Tensor = self.classify(self.features(x))
+        return logits
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the logits are computed from: skips of all levels and the image, (N, 61, D/2, H/2, W/2)."""
         # torch has no bf16 average pooling on a CPU, so the image branch stays in float32.
         image = self.image_norm(self.pool(x))
         features = self.stem(x)
@@ -80,5 +85,4 @@ class DenseVNet(nn.Module):
             if level < len(self.downs):
                 features = self.downs[level](features)
         branches.append(image.to(features.dtype))
-        logits: Tensor = self.classify(torch.cat(branches, dim=1))
-        return logits
+        return torch.cat(branches, dim=1)

@@ -1,0 +1,61 @@
+"""Further organs that the organ net learns beside its own: a second head in training, dropped when weights leave a run.
+
+Knowing the stomach, the duodenum and the vessels helps to tell the pancreas from them, and costs inference nothing.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fastorgan.labels import CLASSES, IGNORE
+from fastorgan.networks import DenseVNet
+from fastorgan.networks.blocks import upsample
+
+from .cache import STRUCTURES
+from .losses import entropy_and_dice
+
+
+class TwoHeads(nn.Module):
+    """The organ net with a head for the structures: background and one channel each, at half the input's size.
+
+    Args:
+        network: whose features both heads see, and whose weights are the ones that are exported.
+    """
+
+    def __init__(self, network: DenseVNet) -> None:
+        super().__init__()
+        self.network = network
+        organs = network.classify
+        self.head = nn.Conv3d(organs.in_channels, 1 + len(STRUCTURES), 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the organs (N, 5, D, H, W) and of the structures (N, 9, D/2, H/2, W/2)."""
+        features = self.network.features(x)
+        return upsample(self.network.classify(features)), self.head(features)
+
+
+def split_codes(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Part codes of organs and structures: (organs, structures), each with the other as background.
+
+    Structures are counted from 1 on; unknown voxels are unknown in both.
+    """
+    further = (codes >= CLASSES) & (codes != IGNORE)
+    unknown = codes == IGNORE
+    structures = torch.where(further, codes - CLASSES + 1, torch.where(unknown, codes, 0))
+    return torch.where(further, 0, codes), structures
+
+
+def structures_loss(logits: Tensor, codes: Tensor) -> Tensor:
+    """Cross-entropy plus one minus soft Dice of the structures; 0 where a sample shows none.
+
+    Most such samples come from scans in which nobody has marked any.
+
+    Args:
+        logits: (N, 9, D/2, H/2, W/2).
+        codes: (N, D, H, W), as `split_codes` gives them.
+    """
+    # A quarter of a voxel of the smaller grid off: less than the labels are.
+    codes = codes[:, ::2, ::2, ::2].contiguous()
+    if not bool(((codes > 0) & (codes != IGNORE)).any()):
+        return logits.sum() * 0.0
+    entropy, overlap = entropy_and_dice(logits, codes)
+    return entropy + overlap
