@@ -77,15 +77,15 @@ def test_axis_order_does_not_matter(
 def test_a_turned_grid_does_not_matter(
     degrees: tuple[float, float, float], cascade: Cascade, image: nib.Nifti1Image, truth: Labels, labels: Labels
 ) -> None:
-    assert_rotation_does_not_matter(cascade, image, truth, labels, degrees)
+    # A tilted grid is smoother than the sample itself, and its pancreas is found better by .03; it must not be worse.
+    assert_rotation_does_not_matter(cascade, image, truth, labels, degrees, pancreas_gain=0.03)
 
 
 def test_a_tilted_grid_does_not_matter_to_whole_organs(cascade: Cascade) -> None:
     # The sample's kidneys are cut by the scan's end; the phantom shows its organs whole.
     image, truth = make_phantom()
     labels = np.asarray(cascade.segment(image).dataobj)
-    # Its pancreas is drawn, and the network less sure of it than of a real one.
-    assert_rotation_does_not_matter(cascade, image, np.asarray(truth.dataobj), labels, (15, 10, 40), pancreas=0.03)
+    assert_rotation_does_not_matter(cascade, image, np.asarray(truth.dataobj), labels, (15, 10, 40))
 
 
 def assert_rotation_does_not_matter(
@@ -94,12 +94,12 @@ def assert_rotation_does_not_matter(
     truth: Labels,
     labels: Labels,
     degrees: tuple[float, float, float],
-    pancreas: float = 0.01,
+    pancreas_gain: float = 0.01,
 ) -> None:
     oblique, sample_labels = rotate_grid(image, degrees)
     found = np.asarray(cascade.segment(oblique).dataobj)
     turned_truth = sample_labels(truth)
-    assert_close(scores(found, turned_truth), scores(sample_labels(labels), turned_truth), pancreas)
+    assert_close(scores(found, turned_truth), scores(sample_labels(labels), turned_truth), pancreas_gain)
 
 
 def rotate_grid(
@@ -152,6 +152,7 @@ def rotate_grid(
     return nib.Nifti1Image(sample(np.asarray(image.dataobj), -1024, everything), affine), sample_labels
 
 
-def assert_close(found: dict[str, float], expected: dict[str, float], pancreas: float = 0.01) -> None:
+def assert_close(found: dict[str, float], expected: dict[str, float], pancreas_gain: float = 0.01) -> None:
     for organ, score in expected.items():
-        assert found[organ] == pytest.approx(score, abs=pancreas if organ == "pancreas" else 0.01), organ
+        gain = pancreas_gain if organ == "pancreas" else 0.01
+        assert -0.01 <= found[organ] - score <= gain, organ
