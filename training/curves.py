@@ -47,7 +47,9 @@ def draw_curves(logs: Sequence[Path], path: Path) -> None:
         axis.set_xlabel("step")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-        for text in axis.legend(fontsize="small").get_texts():
+        # Beside the panel: within, it would lie on one curve or another.
+        legend = axis.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+        for text in legend.get_texts():
             # A folder's name may have dollar signs, which are no formula.
             text.set_parse_math(False)
     try:
