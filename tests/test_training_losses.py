@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastorgan.labels import CLASSES, IGNORE
-from training.losses import VOXELS_AT_ONCE, cross_entropy, dice, entropy_and_dice, focal, foreground_loss
+from training.losses import VOXELS_AT_ONCE, entropy_and_dice, focal, foreground_loss
 
 
 def logits_of(*probabilities: list[float]) -> Tensor:
@@ -21,6 +21,14 @@ def logits_of(*probabilities: list[float]) -> Tensor:
 def codes_of(*codes: int) -> Tensor:
     """Codes (1, 1, 1, voxels)."""
     return torch.tensor(codes)[None, None, None, :]
+
+
+def cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
+    return entropy_and_dice(logits, codes)[0]
+
+
+def dice(logits: Tensor, codes: Tensor) -> Tensor:
+    return entropy_and_dice(logits, codes)[1]
 
 
 def gradient(loss: Tensor, logits: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ class CachedVolume:
     @property
     def has_structures(self) -> bool:
         """Whether any of `STRUCTURES` is labelled."""
-        return bool(((self.labels >= CLASSES) & (self.labels < MARKS)).any())
+        return bool(_is_structure(self.labels).any())
 
     def save(self, path: Path) -> None:
         """Write one compressed npz file, whole or not at all."""
@@ -197,9 +197,14 @@ def _read_codes(path: Path, scan: Path, image: "nib.Nifti1Image", end: int) -> N
     return codes
 
 
+def _is_structure(codes: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    result: NDArray[np.bool_] = (codes >= CLASSES) & (codes < MARKS)
+    return result
+
+
 def _beside(codes: NDArray[np.uint8], structures: NDArray[np.uint8], size: tuple[int, int, int]) -> NDArray[np.uint8]:
     """Put structures, by FLARE22's codes, where `codes` of `size` has background."""
-    others = _resize_labels(np.where((structures >= CLASSES) & (structures < MARKS), structures, np.uint8(0)), size)
+    others = _resize_labels(np.where(_is_structure(structures), structures, np.uint8(0)), size)
     result: NDArray[np.uint8] = np.where(codes == 0, others, codes)
     return result
 

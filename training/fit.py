@@ -292,8 +292,10 @@ class Run:
                 terms = {"entropy": entropy, "dice_loss": overlap, "loss": entropy + overlap}
             if further is not None:
                 terms["structures"] = structures_loss(further.contiguous(), structures)
+        whole = terms["loss"]
+        if "structures" in terms:
+            whole = whole + recipe.structures * terms["structures"]
         self.optimiser.zero_grad(set_to_none=True)
-        whole = terms["loss"] + recipe.structures * terms.get("structures", torch.zeros(()))
         whole.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
         if not bool(norm.isfinite()):

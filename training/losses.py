@@ -28,24 +28,14 @@ def focal(logits: Tensor, codes: Tensor, gamma: float = 2.0) -> Tensor:
     return (weight * entropy).sum() / known.sum().clamp(min=1)
 
 
-def cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
-    """Mean cross-entropy; shapes and unknown voxels as in `focal`."""
-    return entropy_and_dice(logits, codes)[0]
-
-
-def dice(logits: Tensor, codes: Tensor) -> Tensor:
-    """One minus the mean soft Dice of the organs that are present; 0 where none is.
-
-    Shapes as in `focal`. Background has no term; an absent organ has none either: cross-entropy alone keeps it away.
-    """
-    return entropy_and_dice(logits, codes)[1]
-
-
 def entropy_and_dice(logits: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
-    """`cross_entropy` and `dice` of the same logits, in one pass over the voxels and one back.
+    """Mean cross-entropy, and one minus the mean soft Dice of the organs that are present, 0 where none is.
 
-    A few voxels are taken at a time, so that what lies between logits and sums stays in a processor's cache: on one
-    core that is three times as fast as the same sums over whole arrays.
+    Shapes and unknown voxels as in `focal`. Background has no term of Dice; an absent organ has none either:
+    cross-entropy alone keeps it away.
+
+    It is one pass over the voxels, and one back. A few are taken at a time, so that what lies between logits and sums
+    stays in a processor's cache: on one core that is three times as fast as the same sums over whole arrays.
     """
     entropy, overlap = _EntropyAndDice.apply(logits, codes)  # type: ignore[no-untyped-call]
     return entropy, overlap

@@ -38,8 +38,8 @@ def split_codes(codes: Tensor) -> tuple[Tensor, Tensor]:
 
     Structures are counted from 1 on; unknown voxels are unknown in both.
     """
-    further = (codes >= CLASSES) & (codes != IGNORE)
     unknown = codes == IGNORE
+    further = (codes >= CLASSES) & ~unknown
     structures = torch.where(further, codes - CLASSES + 1, torch.where(unknown, codes, 0))
     return torch.where(further, 0, codes), structures
 
@@ -47,7 +47,7 @@ def split_codes(codes: Tensor) -> tuple[Tensor, Tensor]:
 def structures_loss(logits: Tensor, codes: Tensor) -> Tensor:
     """Cross-entropy plus one minus soft Dice of the structures; 0 where a sample shows none.
 
-    Most such samples come from scans in which nobody has marked any.
+    Such a sample may come from a scan in which nobody has marked any.
 
     Args:
         logits: (N, 9, D/2, H/2, W/2).
