@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from fastorgan.errors import FastorganError
 from fastorgan.labels import ORGANS, Organ
 
-from . import accuracy, doubts, efficiency, performance, ranking, sample, soak, timing
+from . import accuracy, doubts, efficiency, overlays, performance, ranking, sample, soak, timing
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_score(commands)
+    _add_overlays(commands)
     _add_rank(commands)
     _add_time(commands)
     _add_sample(commands)
@@ -134,6 +135,47 @@ def _title(args: argparse.Namespace, protocol: accuracy.Protocol) -> str:
         return f"{protocol.name}, DSC in %"
     tolerances = ", ".join(f"{organ.name} {protocol.tolerances[organ.name]:g} mm" for organ in args.organs)
     return f"{protocol.name}, DSC and NSD in %; NSD tolerance: {tolerances}"
+
+
+def _add_overlays(commands: "Commands") -> None:
+    parser = commands.add_parser(
+        "overlays",
+        help="a picture of the best, the middle and the worst case",
+        description="""\
+Score predicted labels by DSC and draw the best, the middle and the worst case,
+by the mean of their organs: for each organ the axial slice that holds most of
+it, with the true contour in white and the found one in the organ's colour.""",
+        epilog="example:\n  python -m evaluation overlays outputs labels images --out overlays.png",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("predictions", type=Path, metavar="PREDICTIONS", help="folder of NAME.nii.gz files")
+    parser.add_argument(
+        "truths",
+        type=Path,
+        metavar="GROUND_TRUTH",
+        help="folder of NAME.nii.gz files; those without a prediction are left out",
+    )
+    parser.add_argument(
+        "images", type=Path, metavar="IMAGES", help="folder of the CTs, NAME_0000.nii.gz or NAME.nii.gz"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture, a PNG")
+    parser.add_argument(
+        "--organs",
+        type=_organs,
+        default=ORGANS,
+        metavar="ORGAN[,ORGAN]",
+        help=f"these alone (default: {','.join(organ.name for organ in ORGANS)})",
+    )
+    parser.set_defaults(run=_overlays)
+
+
+def _overlays(args: argparse.Namespace) -> int:
+    pairs = [pair for pair in accuracy.find_pairs(args.predictions, args.truths) if pair.prediction.exists()]
+    if not pairs:
+        raise accuracy.PairError(f"{args.predictions}: no *.nii.gz files")
+    for scores in overlays.draw_overlays(pairs, args.images, args.out, args.organs):
+        print(f"{accuracy.case_of(scores.name)}  {100 * overlays.mean_dsc(scores):.1f}")
+    return 0
 
 
 def _add_rank(commands: "Commands") -> None:
