@@ -33,6 +33,7 @@ CPU = torch.device("cpu")
 STILL = Augmentation(
     face_mm=0,
     cut=0,
+    narrow=0,
     padded=0,
     turn_degrees=0,
     stretch=0,
@@ -312,6 +313,30 @@ def test_what_lies_outside_the_cached_array_is_unknown() -> None:
         assert torch.allclose(levels(image), torch.tensor(140.0), atol=0.01)
     assert max(outside) > 0.05
     assert target.shape == (1, *SMALL)
+
+
+def test_scans_are_cut_at_their_ends_and_sides() -> None:
+    # Organs of 160 x 168 x 160 mm amid a scan of 240 x 280 x 320 mm.
+    codes = np.zeros((30, 40, 40), np.uint8)
+    codes[5:25, 8:32, 10:30] = 1
+    source = cached(codes, (8.0, 7.0, 8.0))
+    chances = {"ends": replace(STILL, cut=1.0), "sides": replace(STILL, narrow=1.0), "nowhere": STILL}
+    cut = {name: np.zeros(3, int) for name in chances}
+    for name, how in chances.items():
+        sampler = OrganSampler(SMALL, how, np.random.default_rng(0))
+        for _ in range(60):
+            floor, roof = sampler._cut(source)
+            gone = (floor > source.organs_mm[0]) | (roof < source.organs_mm[1])
+            cut[name] += gone
+            shown = np.minimum(roof, source.organs_mm[1]) - np.maximum(floor, source.organs_mm[0])
+            least = np.array([0.3, 0.5, 0.5]) * (source.organs_mm[1] - source.organs_mm[0])
+            assert (shown >= least - 1e-6).all()
+            assert (floor[~gone] == 0).all()
+            assert (roof[~gone] == source.scan_mm[~gone]).all()
+    assert cut["ends"].tolist() == [60, 0, 0]
+    assert 25 < cut["sides"][1] < 55
+    assert cut["sides"][[0, 2]].tolist() == [0, 60]
+    assert not cut["nowhere"].any()
 
 
 def test_air_lies_beyond_the_ends_of_a_padded_scan() -> None:

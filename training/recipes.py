@@ -11,7 +11,9 @@ class Augmentation:
 
     Attributes:
         face_mm: error of each face of the organs' extent before it is framed.
-        cut: chance that the scan is cut short at one or both ends (z); a fifth of it at the sides (x).
+        cut: chance that the scan is cut short at one or both ends (z).
+        narrow: chance that it shows less from side to side (x), as scans of the spine do; two thirds of it from front
+            to back (y).
         padded: chance that air lies beyond the scan's ends (z), as in grids that were resampled or padded.
         padding_mm: upper limit of that air above and below.
         tilt_degrees: lean of the planes in which such a scan ends, about x and about y.
@@ -27,17 +29,18 @@ class Augmentation:
 
     face_mm: float = 7.0
     cut: float = 0.35
+    narrow: float = 0.15
     padded: float = 0.3
     padding_mm: float = 60.0
     tilt_degrees: float = 10.0
-    turn_degrees: float = 10.0
-    stretch: float = 0.08
-    bend_mm: float = 8.0
-    gamma: float = 0.12
-    shift_hu: float = 15.0
-    contrast: float = 0.10
-    organ_hu: float = 15.0
-    noise_hu: float = 30.0
+    turn_degrees: float = 15.0
+    stretch: float = 0.13
+    bend_mm: float = 14.0
+    gamma: float = 0.25
+    shift_hu: float = 25.0
+    contrast: float = 0.20
+    organ_hu: float = 30.0
+    noise_hu: float = 45.0
     blur: float = 0.3
 
 

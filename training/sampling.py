@@ -101,7 +101,8 @@ class OrganSampler:
         assert self.augmentation is not None
         floor, roof = np.zeros(3), source.scan_mm.copy()
         start, stop = source.organs_mm
-        for axis, chance, least in ((0, self.augmentation.cut, 0.3), (2, self.augmentation.cut / 5, 0.6)):
+        narrow = self.augmentation.narrow
+        for axis, chance, least in ((0, self.augmentation.cut, 0.3), (1, narrow * 2 / 3, 0.5), (2, narrow, 0.5)):
             length = stop[axis] - start[axis]
             if self.random.random() < chance:
                 gone = self.random.uniform(0, 1 - least) * length
