@@ -137,16 +137,6 @@ def test_the_rate_warms_up_and_decays(cache: Path, tmp_path: Path) -> None:
     assert rates == pytest.approx([2e-3 * (1 - k / 4) ** 0.9 * min(1, (k + 1) / 2) for k in range(4)])
 
 
-def test_batch_norms_freeze_late_in_a_run(cache: Path, tmp_path: Path) -> None:
-    run = Run(organs(cache, tmp_path, replace(LIGHT, freeze_norm=0.5), steps=4))
-    counted = []
-    for _ in range(4):
-        run._train_step()
-        run.step += 1
-        counted.append(int(run.network.state_dict()["image_norm.num_batches_tracked"]))
-    assert counted == [1, 2, 2, 2]
-
-
 def test_every_case_is_seen_once_before_any_is_seen_again(cache: Path, tmp_path: Path) -> None:
     run = Run(organs(cache, tmp_path, steps=6))
     seen = []

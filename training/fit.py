@@ -267,10 +267,6 @@ class Run:
         taken = [self.order.pop() for _ in range(self.world.size)]
         image, target = self.sampler.draw(self.train[taken[self.world.rank]])
         self.network.train()
-        if self.progress >= recipe.freeze_norm:
-            for module in self.network.modules():
-                if isinstance(module, nn.BatchNorm3d):
-                    module.eval()
         rate = recipe.rate * (1.0 - self.progress) ** 0.9 * min(1.0, (self.step + 1) / max(1, recipe.warm_up))
         for group in self.optimiser.param_groups:
             group["lr"] = rate

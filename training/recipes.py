@@ -57,7 +57,6 @@ class Recipe:
         augment: "torch" (on the training device, `sampling`), or "batchgenerators" (the paper's three kinds).
         warm_up: steps over which the rate rises from zero.
         average: decay of the exponential moving average of the weights that is exported; 0 exports the last weights.
-        freeze_norm: progress from which batch norm uses its running statistics, as inference does; 1 never.
         steps, epochs: default length; the paper has 600 epochs of one step per case.
         weight_decay: of every parameter.
         structures: weight of the loss of further organs, where the cache has them (`training.structures`); 0 leaves
@@ -73,7 +72,6 @@ class Recipe:
     augment: str
     warm_up: int
     average: float
-    freeze_norm: float
     steps: int | None = None
     epochs: int | None = None
     weight_decay: float = 1e-4
@@ -83,10 +81,8 @@ class Recipe:
 
 PRESETS = {
     # He & Luo, table 3: SGD 0.01, poly decay 0.9, focal loss, 600 epochs, batch 1, rotation, scaling and noise.
-    "paper": Recipe("sgd", 0.01, "focal", 0.5, CROP_SIZE, "batchgenerators", 0, 0.0, 1.0, epochs=600),
-    "light": Recipe(
-        "adamw", 2e-3, "entropy+dice", 0.0, CROP_SIZE, "torch", 100, 0.998, 0.8, steps=12000, structures=0.3
-    ),
+    "paper": Recipe("sgd", 0.01, "focal", 0.5, CROP_SIZE, "batchgenerators", 0, 0.0, epochs=600),
+    "light": Recipe("adamw", 2e-3, "entropy+dice", 0.0, CROP_SIZE, "torch", 100, 0.998, steps=12000, structures=0.3),
 }
 """By name; `light` is what ships. The ROI net takes its size from `ROI_SIZE` under either."""
 
