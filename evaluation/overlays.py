@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
 from fastorgan.labels import IGNORE, ORGANS, Organ
+from fastorgan.preview import upright_labels
 from fastorgan.volume import Volume, load_image, read_volume
 
 from .accuracy import FLARE21, CaseScores, Pair, PairError, case_of, read_labels, score_pair
@@ -58,11 +58,7 @@ class Shown:
             array = read_labels(labels).array
             if array.shape != volume.grid.shape:
                 raise PairError(f"{labels}: the shape is not that of {path}")
-            codes = volume.grid.reorient(array)
-            if volume.grid.upright is not None:
-                back = np.linalg.inv(volume.grid.upright)
-                codes = ndimage.affine_transform(codes, back[:3, :3], back[:3, 3], volume.shape, order=0)
-            upright.append(codes)
+            upright.append(upright_labels(volume, array))
         return cls(title, scores, volume, *upright)
 
 

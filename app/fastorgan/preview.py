@@ -192,10 +192,7 @@ class ShownCase:
     @classmethod
     def of(cls, volume: Volume, labels: NDArray[np.uint8], roi: Box | None) -> "ShownCase":
         """Set labels in the file's axes upright beside the CT and choose what to show."""
-        codes = volume.grid.reorient(labels)
-        if volume.grid.upright is not None:
-            back = np.linalg.inv(volume.grid.upright)
-            codes = ndimage.affine_transform(codes, back[:3, :3], back[:3, 3], volume.shape, order=0)
+        codes = upright_labels(volume, labels)
         profiles = _profiles(codes)
         whole = cls(volume, codes, measure(labels, volume.spacing), profiles, roi, (slice(None),) * 3)
         return cls(volume, codes, whole.measures, profiles, roi, whole._shown())
@@ -233,6 +230,15 @@ class ShownCase:
             low, high = (min(edges) - pad, max(edges) + pad) if edges else (0.0, float(shape[axis]))
             shown.append(slice(max(0, int(np.floor(low))), min(shape[axis], int(np.ceil(high)))))
         return tuple(shown)
+
+
+def upright_labels(volume: Volume, labels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Labels in the axes of a CT's file on the grid (z, y, x) of `volume`; nearest voxels where the scan is oblique."""
+    codes: NDArray[np.uint8] = volume.grid.reorient(labels)
+    if volume.grid.upright is not None:
+        back = np.linalg.inv(volume.grid.upright)
+        codes = ndimage.affine_transform(codes, back[:3, :3], back[:3, 3], volume.shape, order=0)
+    return codes
 
 
 def _profiles(codes: NDArray[np.uint8]) -> dict[int, tuple[NDArray[np.int64], ...]]:
