@@ -79,21 +79,8 @@ example:
     parser.add_argument(
         "--csv", type=Path, metavar="FILE", help="write the scores, 0 to 1, in the protocol's own layout"
     )
-    parser.add_argument(
-        "--organs",
-        type=_organs,
-        default=ORGANS,
-        metavar="ORGAN[,ORGAN]",
-        help=f"score these alone (default: {','.join(organ.name for organ in ORGANS)})",
-    )
-    parser.add_argument(
-        "--leave-out",
-        type=_left_out,
-        action="append",
-        default=[],
-        metavar="CASE:ORGAN[,ORGAN]",
-        help="leave organs of one case out, such as those without a manual label; may be repeated",
-    )
+    _add_organs(parser)
+    _add_leave_out(parser)
     parser.add_argument("--no-nsd", dest="nsd", action="store_false", help="DSC alone, which is faster")
     parser.set_defaults(run=_score)
 
@@ -159,13 +146,7 @@ it, with the true contour in white and the found one in the organ's colour.""",
         "images", type=Path, metavar="IMAGES", help="folder of the CTs, NAME_0000.nii.gz or NAME.nii.gz"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the picture, a PNG")
-    parser.add_argument(
-        "--organs",
-        type=_organs,
-        default=ORGANS,
-        metavar="ORGAN[,ORGAN]",
-        help=f"these alone (default: {','.join(organ.name for organ in ORGANS)})",
-    )
+    _add_organs(parser)
     parser.set_defaults(run=_overlays)
 
 
@@ -383,14 +364,7 @@ many organs the user is warned, by their DSC and by the kind of copy.""",
         help=f"these copies alone, out of: {', '.join(doubts.COPIES)}",
     )
     parser.add_argument("--weights", type=Path, metavar="DIR", help="other weights than the released ones")
-    parser.add_argument(
-        "--leave-out",
-        type=_left_out,
-        action="append",
-        default=[],
-        metavar="CASE:ORGAN[,ORGAN]",
-        help="leave organs of one case out, as in score; may be repeated",
-    )
+    _add_leave_out(parser)
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all organs with their evidence")
     parser.set_defaults(run=_doubts)
 
@@ -434,6 +408,27 @@ def _soak(args: argparse.Namespace) -> int:
     growth = soak.soak(args.sources, args.cases)
     print(growth.text(), f"MiB after case {growth.course()}", sep="\n")
     return int(growth.share > soak.MOST_GROWTH)
+
+
+def _add_organs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--organs",
+        type=_organs,
+        default=ORGANS,
+        metavar="ORGAN[,ORGAN]",
+        help=f"these alone (default: {','.join(organ.name for organ in ORGANS)})",
+    )
+
+
+def _add_leave_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--leave-out",
+        type=_left_out,
+        action="append",
+        default=[],
+        metavar="CASE:ORGAN[,ORGAN]",
+        help="leave organs of one case out, such as those without a manual label; may be repeated",
+    )
 
 
 def _organs(text: str) -> list[Organ]:

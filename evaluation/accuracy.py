@@ -175,6 +175,18 @@ def case_of(name: str) -> str:
     return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
 
 
+def image_of(images: Path, case: str) -> Path:
+    """Find a case's CT in a folder: CASE_0000.nii.gz, as the challenge names it, or CASE.nii.gz.
+
+    Raises:
+        PairError: if there is none.
+    """
+    for name in (f"{case}_0000.nii.gz", f"{case}.nii.gz"):
+        if (images / name).exists():
+            return images / name
+    raise PairError(f"{images}: no CT of the case {case}")
+
+
 def read_labels(path: Path) -> Labels:
     """Read a label file.
 

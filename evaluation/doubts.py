@@ -22,7 +22,7 @@ from fastorgan.labels import IGNORE, ORGANS
 from fastorgan.plausibility import Evidence, doubts
 from fastorgan.volume import load_image, read_volume
 
-from .accuracy import case_of, dsc
+from .accuracy import case_of, dsc, image_of
 
 Hu = NDArray[np.int16]
 Codes = NDArray[np.uint8]
@@ -178,7 +178,7 @@ def judge(cascade: Cascade, images: Path, labels: Path, copies: Sequence[str]) -
     """
     for path in sorted(labels.glob("*.nii.gz")):
         case = case_of(path.name)
-        source: Any = nib.as_closest_canonical(load_image(images / f"{case}_0000.nii.gz"))
+        source: Any = nib.as_closest_canonical(load_image(image_of(images, case)))
         truth: Any = nib.as_closest_canonical(load_image(path))
         hu, codes = np.asarray(source.dataobj).astype(np.int16), np.asarray(truth.dataobj).astype(np.uint8)
         size = np.asarray(source.header.get_zooms()[:3], float)

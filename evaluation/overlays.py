@@ -12,7 +12,7 @@ from fastorgan.labels import IGNORE, ORGANS, Organ
 from fastorgan.preview import upright_labels
 from fastorgan.volume import Volume, load_image, read_volume
 
-from .accuracy import FLARE21, CaseScores, Pair, PairError, case_of, read_labels, score_pair
+from .accuracy import FLARE21, CaseScores, Pair, PairError, case_of, image_of, read_labels, score_pair
 from .efficiency import load_plotting
 
 if TYPE_CHECKING:
@@ -49,9 +49,7 @@ class Shown:
             VolumeError, PairError: if a file is missing or cannot be read, or the CT has another shape.
         """
         case = case_of(pair.name)
-        path = next((p for p in (images / f"{case}_0000.nii.gz", images / f"{case}.nii.gz") if p.exists()), None)
-        if path is None:
-            raise PairError(f"{images}: no CT of the case {case}")
+        path = image_of(images, case)
         volume = read_volume(load_image(path), str(path))
         upright = []
         for labels in (pair.prediction, pair.truth):

@@ -22,6 +22,7 @@ from evaluation.accuracy import (
     case_of,
     dsc,
     find_pairs,
+    image_of,
     read_labels,
     score_labels,
     score_pair,
@@ -274,3 +275,13 @@ def test_table_lines_are_of_one_length() -> None:
     table = Table(["a-case-with-a-long-name.nii.gz", "b.nii.gz"], ORGANS)
     lines = [table.header(), table.row(CASES[0]), table.row(CASES[1]), table.summary(CASES).splitlines()[0]]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_the_ct_of_a_case_has_one_of_two_names(tmp_path: Path) -> None:
+    (tmp_path / "a_0000.nii.gz").touch()
+    (tmp_path / "a.nii.gz").touch()
+    (tmp_path / "b.nii.gz").touch()
+    assert image_of(tmp_path, "a") == tmp_path / "a_0000.nii.gz"
+    assert image_of(tmp_path, "b") == tmp_path / "b.nii.gz"
+    with pytest.raises(PairError, match=r"no CT of the case c\Z"):
+        image_of(tmp_path, "c")
