@@ -284,7 +284,7 @@ def test_flare21s_own_folders_become_a_cache(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_no_cache(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no \*\.roi\.npz files; run `python -m training prepare` first"):
+    with pytest.raises(DataError, match=r"no \*\.roi\.npz files; they come from `python -m training prepare`"):
         load_cache(tmp_path / "nowhere", "roi")
 
 

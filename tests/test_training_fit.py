@@ -23,7 +23,7 @@ from fastorgan.networks import DenseVNet, RoiUNet, SlimRoiUNet
 from fastorgan.networks.blocks import parameter_count
 from tests.synthetic_cache import one_thread, write_cache
 from training import fit
-from training.cache import CachedVolume
+from training.cache import CachedVolume, load_cache
 from training.cases import DataError
 from training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from training.fit import Average, DivergedError, Plan, PlanError, Run, bf16_pays
@@ -237,6 +237,26 @@ def test_a_run_that_is_done_stays_as_it_is(cache: Path, tmp_path: Path) -> None:
     assert run.progress == 1.0
     assert run.fit() is None
     assert_same(before, read_checkpoint(tmp_path / CHECKPOINT, CPU))
+
+
+def test_warped_scans_are_trained_on_but_those_of_patients_left_out(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "warped").mkdir()
+    for volume in load_cache(cache, "organs"):
+        warped = replace(volume, name=f"{volume.name}.shape")
+        warped.save(tmp_path / "warped" / f"{warped.name}.organs.npz")
+    run = Run(organs(cache, tmp_path / "run", warped=tmp_path / "warped", fold=(1, 3)))
+    assert [scan.source.name for scan in run.train] == ["case0", "case2", "case0.shape", "case2.shape"]
+    assert [scan.source.name for scan in run.held_out] == ["case1"]
+
+
+def test_a_folder_without_warped_scans_is_said(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no \*\.organs\.npz files"):
+        Run(organs(cache, tmp_path / "run", warped=tmp_path))
+
+
+def test_the_roi_net_takes_no_warped_scans(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=r"warped scans are for the organ net; leave out --warped\Z"):
+        Plan("roi", cache, tmp_path, LIGHT, warped=cache)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`python -m training`: prepare a cache, fit a network, draw its curves, export the weights."""
+"""`python -m training`: prepare a cache, warp its scans, fit a network, draw its curves, export the weights."""
 
 import argparse
 import dataclasses
@@ -57,6 +57,25 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--out", type=Path, required=True, help="cache folder to write")
     prepare.set_defaults(run=_prepare)
 
+    warp = commands.add_parser(
+        "warp",
+        help="give the cache's scans the organ shapes of label maps",
+        description="""\
+Register the organs of every scan that shows all four whole to those of label
+maps, and write the scans warped so. The maps need no CT. They have the codes of
+labels/ (2 both kidneys) or of structures/ (2 right kidney, 13 left kidney);
+liver, spleen and pancreas must be there. Files that are there already are kept.""",
+        epilog="example: python -m training warp --data runs/cache --shapes label_maps --out runs/warped",
+        formatter_class=_HELP,
+    )
+    warp.add_argument("--data", type=Path, required=True, help="cache folder")
+    warp.add_argument("--shapes", type=Path, required=True, help="folder of label maps, *.nii.gz")
+    warp.add_argument("--out", type=Path, required=True, help="folder for the warped scans")
+    warp.add_argument("--each", type=_count, default=2, help="shapes that each scan is given (default: 2)")
+    warp.add_argument("--seed", type=int, default=0, help="of which shapes (default: 0)")
+    warp.add_argument("--threads", type=_count, help="CPU threads (default: torch's choice)")
+    warp.set_defaults(run=_warp)
+
     fit = commands.add_parser(
         "fit",
         help="train a network from the cache",
@@ -91,6 +110,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         type=Path,
         help="a new run takes its weights from this checkpoint or .safetensors file",
+    )
+    fit.add_argument(
+        "--warped",
+        metavar="DIR",
+        type=Path,
+        help="train on these scans of `warp` as well, but for those of patients left out",
     )
     fit.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
     fit.add_argument("--threads", type=_count, help="CPU threads (default: torch's choice)")
@@ -156,6 +181,21 @@ def _prepare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _warp(options: argparse.Namespace) -> int:
+    _need_torch()
+    import torch
+
+    from .cache import load_cache
+    from .warp import find_shapes, warp_all
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    shapes = find_shapes(options.shapes)
+    for warped in warp_all(load_cache(options.data, "organs"), shapes, options.out, options.each, options.seed):
+        print(f"{warped.name}: {warped.text()}", flush=True)
+    return 0
+
+
 def _fit(options: argparse.Namespace) -> int:
     _need_torch()
     import torch
@@ -184,6 +224,7 @@ def _fit(options: argparse.Namespace) -> int:
         slice_minutes=options.slice,
         fold=tuple(options.fold) if options.fold else None,
         init=options.init,
+        warped=options.warped,
         device=options.device,
         seed=options.seed,
     )

@@ -117,7 +117,7 @@ def load_cache(folder: Path, kind: str) -> list[CachedVolume]:
     """
     volumes = [CachedVolume.load(path) for path in sorted(folder.glob(f"*.{kind}.npz"))]
     if not volumes:
-        raise DataError(f"{folder}: no *.{kind}.npz files; run `python -m training prepare` first")
+        raise DataError(f"{folder}: no *.{kind}.npz files; they come from `python -m training prepare` (or `warp`)")
     return volumes
 
 
@@ -183,18 +183,29 @@ def cache_case(case: Case) -> tuple[CachedVolume, CachedVolume]:
 
 def _read_codes(path: Path, scan: Path, image: "nib.Nifti1Image", end: int) -> NDArray[np.uint8]:
     """Upright codes of a label file that must fit `image`, which was read from `scan`: 0 to `end` - 1, or `IGNORE`."""
-    from fastorgan.volume import load_image, read_volume
+    from fastorgan.volume import load_image
 
     marked = load_image(path)
     if image.shape != marked.shape or not np.allclose(image.affine, marked.affine, atol=1e-2):
         raise DataError(f"{scan} and {path}: shape or affine differ")
-    mask = read_volume(marked, str(path), hounsfield=False)
+    return upright_codes(marked, path, end)[0]
+
+
+def upright_codes(image: "nib.Nifti1Image", path: Path, end: int) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Codes (z, y, x) and voxel size in mm of a label file, turned upright.
+
+    Raises:
+        DataError: if it holds other values than 0 to `end` - 1 and `IGNORE`.
+    """
+    from fastorgan.volume import read_volume
+
+    mask = read_volume(image, str(path), hounsfield=False)
     # Checked before they are cast: 256 or -1 would wrap to a code that is allowed.
     marks = np.rint(mask.array.astype(np.float32) * np.float32(mask.slope) + np.float32(mask.intercept))
     if not np.isin(marks, (*range(end), IGNORE)).all():
         raise DataError(f"{path}: holds labels other than 0 to {end - 1} and {IGNORE}")
     codes: NDArray[np.uint8] = marks.astype(np.uint8)
-    return codes
+    return codes, np.asarray(mask.spacing)
 
 
 def _is_structure(codes: NDArray[np.uint8]) -> NDArray[np.bool_]:

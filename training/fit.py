@@ -65,11 +65,13 @@ class Plan:
         slice_minutes: stop this process after so long, to be resumed later on the same schedule.
         fold: (k, n) leaves out every n-th patient, from the k-th, and validates on them; None trains on all.
         init: checkpoint whose exported weights to start from, or released weights (.safetensors).
+        warped: folder of scans of the same patients in other shapes (`training.warp`), to train on as well.
         device: "cpu", "cuda" or "cuda:N".
         seed: of initialisation, order and augmentation.
 
     Raises:
-        PlanError: if a length is not positive, or the recipe's size does not suit the network.
+        PlanError: if a length is not positive, the recipe's size does not suit the network, or the ROI net is to have
+            warped scans.
     """
 
     network: str
@@ -82,6 +84,7 @@ class Plan:
     slice_minutes: float | None = None
     fold: tuple[int, int] | None = None
     init: Path | None = None
+    warped: Path | None = None
     device: str = "cpu"
     seed: int = 0
 
@@ -90,6 +93,8 @@ class Plan:
             if length is not None and not length > 0:
                 raise PlanError(f"{length} {name}: the length of a run must be positive")
         size = sized(self.recipe.size, self.network)
+        if self.warped is not None and self.network != "organs":
+            raise PlanError("warped scans are for the organ net; leave out --warped")
         if any(side < LEAST_SIDE or side % SIDE_STEP for side in size):
             shown = " x ".join(map(str, size))
             raise PlanError(f"size {shown}: sides must be multiples of {SIDE_STEP}, from {LEAST_SIDE}")
@@ -143,6 +148,8 @@ class Run:
         train = [v for v in volumes if v.patient not in left_out]
         if not train:
             raise DataError(f"{plan.data}: every patient is left out; nothing to train on")
+        if plan.warped is not None:
+            train += [v for v in load_cache(plan.warped, plan.network) if v.patient not in left_out]
         self.train = [Scan.to_device(v, self.device) for v in train]
         self.held_out = [Scan.to_device(v, self.device) for v in volumes if v.patient in left_out]
         self.network = build(plan.network, plan.variant, plan.recipe.drop).to(self.device)
