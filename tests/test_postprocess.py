@@ -68,6 +68,17 @@ def test_parts_are_one_piece_where_the_net_hesitates_between_them(lag: float, to
     assert margin[gap].max() == pytest.approx(-lag)
 
 
+def test_bowel_is_no_part_of_a_kidney_to_which_the_net_half_joins_it() -> None:
+    first, second, bowel = block(1, 10), block(12, 18), block(20, 24)
+    logits = logits_of((KIDNEY, first), (KIDNEY, second), (KIDNEY, bowel))
+    for gap in (block(10, 12), block(18, 20)):
+        logits[KIDNEY][gap] = logits[0][gap] - 0.5
+    margin = organ_margins(logits, CM3)[KIDNEY]
+    assert (margin[first] == 3).all()
+    assert (margin[second] == 3).all()
+    assert (margin[bowel] == REMOVED).all()
+
+
 @pytest.mark.parametrize("organ", ORGANS)
 def test_a_piece_below_the_least_volume_is_no_organ(organ: object) -> None:
     code, least = next((o.code, LEAST_MM3[o.name]) for o in ORGANS if o is organ)

@@ -11,9 +11,10 @@ from .labels import ORGANS
 LEAST_MM3 = {"liver": 10_000.0, "kidney": 4_000.0, "spleen": 4_000.0, "pancreas": 1_000.0}
 """A smaller piece is no organ, nor enough of one to be of use at the border of a scan."""
 
-HESITATION = 1.0
-"""Parts of an organ are one piece where, on a way between them, the organ's margin is never further below 0 than this:
-where the net finds the organ at least 1/e as likely as what it took. A pancreas is thin enough to break there."""
+HESITATION = {"pancreas": 1.0}
+"""Parts of such an organ are one piece where, on a way between them, the organ's margin is never further below 0 than
+this: where the net finds the organ at least 1/e as likely as what it took. A pancreas is thin enough to break there;
+what hangs together with another organ in that way is bowel rather than a part of it."""
 
 REMOVED = -1.0
 """Margin given to voxels of a piece that is taken away."""
@@ -41,7 +42,8 @@ def organ_margins(logits: NDArray[np.float32], voxel_mm3: float) -> dict[int, ND
         np.subtract(logits[organ.code], margin, out=margin)
         won = margin > 0
         least = LEAST_MM3[organ.name] / voxel_mm3
-        kept = largest_components(won, organ.components, least, within=margin > -HESITATION)
+        within = margin > -HESITATION[organ.name] if organ.name in HESITATION else None
+        kept = largest_components(won, organ.components, least, within)
         if kept.any():
             margin[won & ~kept] = REMOVED
             margins[organ.code] = margin
