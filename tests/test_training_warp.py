@@ -109,14 +109,27 @@ def test_a_folder_without_maps(tmp_path: Path) -> None:
 # Which scans
 
 
-def test_a_scan_is_whole_with_four_organs_away_from_its_ends() -> None:
+def test_a_scan_is_whole_with_four_organs_of_which_kidneys_may_be_cut() -> None:
     volume = cached(anatomy(SHAPE), SPACING)
     assert is_whole(volume)
-    assert not is_whole(replace(volume, labels=np.where(volume.labels == 4, np.uint8(0), volume.labels)))
-    (_, y, x), stop = volume.organs_mm
-    assert is_whole(replace(volume, organs_mm=np.array([[5.0, y, x], stop])))
-    assert not is_whole(replace(volume, organs_mm=np.array([[4.9, y, x], stop])))
-    assert not is_whole(replace(volume, scan_mm=np.array([stop[0] + 4.9, *volume.scan_mm[1:]])))
+    for code in (1, 2, 3, 4):
+        assert not is_whole(replace(volume, labels=np.where(volume.labels == code, np.uint8(0), volume.labels)))
+    for code, may in ((1, False), (2, True), (3, False), (4, False)):
+        # The scan begins in the middle of the organ.
+        first = round(float(np.argwhere(volume.labels == code)[:, 0].mean()))
+        labels = volume.labels.copy()
+        labels[:first][labels[:first] == code] = 0
+        labels[0][labels[first] == code] = code
+        assert is_whole(replace(volume, labels=labels)) == may
+
+
+def test_a_quarter_of_the_largest_section_at_an_end_is_no_cut() -> None:
+    codes = np.zeros((4, 2, 4), np.uint8)
+    codes[1], codes[2, :, :3], codes[3, 0, :2] = 3, 3, 3
+    assert not warping._is_cut(codes, 3)
+    codes[3, 0, 2] = 3
+    assert warping._is_cut(codes, 3)
+    assert warping._is_cut(codes[::-1], 3)
 
 
 # Registration
@@ -142,6 +155,13 @@ def test_a_shifted_and_stretched_shape_is_found_where_it_is() -> None:
         np.testing.assert_allclose(
             moved(deformation, centre(shape, code, wide)), centre(codes, code, SPACING), atol=2.5
         )
+
+
+def test_a_kidney_that_is_cut_is_not_drawn_out_to_a_whole_one() -> None:
+    codes = kidneys_apart(anatomy(SHAPE))
+    deformation = register(shape_of(codes[14:]), shape_of(codes))
+    # The lower half of the kidney is not in the scan.
+    assert set(deformation.dsc) == {1, 3, 4}
 
 
 def test_nothing_folds_where_an_organ_must_go_far() -> None:
@@ -239,15 +259,15 @@ def test_shapes_are_dealt_evenly_and_none_twice_to_a_scan(tmp_path: Path, monkey
 
 def test_a_scan_that_does_not_fit_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     volume = cached(anatomy((12, 15, 22)), (16.0, 15.0, 15.0))
-    monkeypatch.setattr(warping, "warp", lambda volume, shape: (volume, {1: 0.97, 4: 0.84, 12: 0.5}))
+    monkeypatch.setattr(warping, "warp", lambda volume, shape: (volume, {1: 0.97, 4: 0.9, 12: 0.5, 13: 0.84}))
     (warped,) = warp_all([volume], write_shapes(tmp_path / "maps", 1), tmp_path / "out", 1, 0)
-    assert warped.text() == "liver 0.970, pancreas 0.840; left out, since it does not fit"
+    assert warped.text() == "liver 0.970, pancreas 0.900, left kidney 0.840; left out, since it does not fit"
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_without_a_whole_scan_there_is_nothing_to_warp(tmp_path: Path) -> None:
     volume = cached(np.where(anatomy(SHAPE) == 4, np.uint8(0), anatomy(SHAPE)), SPACING)
-    with pytest.raises(DataError, match="no scan in the cache shows all four organs whole"):
+    with pytest.raises(DataError, match="no scan in the cache shows all four organs whole enough"):
         next(warp_all([volume], write_shapes(tmp_path, 1), tmp_path / "out", 1, 0))
 
 

@@ -39,8 +39,8 @@ STEP_MM = 5.0
 ROOM_MM = 40.0
 """Around the shape's organs, in that grid."""
 
-WHOLE_MM = 5.0
-"""From the ends of a scan to its organs, or they count as cut."""
+MOST_CUT = 0.25
+"""An organ counts as cut where its area at an end of the scan is a larger share of its largest area than this."""
 
 LEAST_DSC = 0.85
 """Of each of the four organs; a scan that cannot be made to fit a shape so well is not warped to it."""
@@ -149,19 +149,19 @@ def kidneys_apart(codes: Codes) -> Codes:
 
 
 def is_whole(volume: CachedVolume) -> bool:
-    """Whether a scan shows all four organs, cut at neither end."""
-    start, stop = volume.organs_mm[0, 0], volume.organs_mm[1, 0]
-    inside = start >= WHOLE_MM and stop <= volume.scan_mm[0] - WHOLE_MM
-    return bool(inside) and all((volume.labels == organ.code).any() for organ in ORGANS)
+    """Whether a scan shows all four organs, of which the kidneys alone may be cut."""
+    present = all((volume.labels == organ.code).any() for organ in ORGANS)
+    return present and not any(_is_cut(volume.labels, code) for code in (LIVER, SPLEEN, PANCREAS))
 
 
 def register(scan: Shape, shape: Shape) -> Deformation:
     """Find the deformation that makes the organs of `scan` those of `shape`.
 
-    Minimises one minus the weighted mean of soft DSC over the codes that both have, plus the displacement's slope and
-    what keeps it from folding, by Adam in `STAGES`.
+    Minimises one minus the weighted mean of soft DSC over the codes that both have and the scan has uncut, plus the
+    displacement's slope and what keeps it from folding, by Adam in `STAGES`.
     """
-    codes = [code for code in MATCHED if (scan.codes == code).any() and (shape.codes == code).any()]
+    both = [code for code in MATCHED if (scan.codes == code).any() and (shape.codes == code).any()]
+    codes = [code for code in both if not _is_cut(scan.codes, code)]
     scan_low, scan_high = _ends(scan)
     shape_low, shape_high = _ends(shape)
     low, high = shape_low - ROOM_MM, shape_high + ROOM_MM
@@ -254,15 +254,21 @@ class Warped:
     dsc: dict[int, float] | None
 
     @property
+    def organs(self) -> dict[str, float]:
+        """DSC of the organs by name, the kidneys apart, as far as they were registered."""
+        names = {**{organ.code: organ.name for organ in ORGANS}, LEFT_KIDNEY: "left kidney"}
+        return {name: self.dsc[code] for code, name in names.items() if self.dsc and code in self.dsc}
+
+    @property
     def fits(self) -> bool:
-        """Whether each of the four organs fits well enough for the warped scan to be kept."""
-        return self.dsc is None or min(self.dsc.get(organ.code, 1.0) for organ in ORGANS) >= LEAST_DSC
+        """Whether each organ fits well enough for the warped scan to be kept."""
+        return all(fit >= LEAST_DSC for fit in self.organs.values())
 
     def text(self) -> str:
         """One line for people."""
         if self.dsc is None:
             return "there already"
-        fit = ", ".join(f"{organ.name} {self.dsc[organ.code]:.3f}" for organ in ORGANS if organ.code in self.dsc)
+        fit = ", ".join(f"{name} {dsc:.3f}" for name, dsc in self.organs.items())
         return fit if self.fits else f"{fit}; left out, since it does not fit"
 
 
@@ -291,7 +297,7 @@ def warp_all(
     """
     whole = [volume for volume in volumes if is_whole(volume)]
     if not whole:
-        raise DataError("no scan in the cache shows all four organs whole; there is nothing to warp")
+        raise DataError("no scan in the cache shows all four organs whole enough; there is nothing to warp")
     out.mkdir(parents=True, exist_ok=True)
     deck = np.random.default_rng(seed).permutation(len(shapes)).tolist()
     each = min(each, len(shapes))
@@ -307,6 +313,11 @@ def warp_all(
         if warped.fits:
             result.save(path)
         yield warped
+
+
+def _is_cut(codes: Codes, code: int) -> bool:
+    areas = (codes == code).sum(axis=(1, 2))
+    return bool(max(areas[0], areas[-1]) > MOST_CUT * areas.max())
 
 
 def _points(low: Vector, high: Vector, size: Sequence[int]) -> Tensor:
