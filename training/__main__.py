@@ -62,9 +62,10 @@ def _parser() -> argparse.ArgumentParser:
         help="give the cache's scans the organ shapes of label maps",
         description="""\
 Register the organs of every scan that shows all four, with liver, spleen and
-pancreas whole, to those of label maps, and write the scans warped so. The maps need no CT. They have the codes of
-labels/ (2 both kidneys) or of structures/ (2 right kidney, 13 left kidney);
-liver, spleen and pancreas must be there. Files that are there already are kept.""",
+pancreas whole, to those of label maps, and write the scans warped so. The maps
+need no CT. They have the codes of labels/ (2 both kidneys) or of structures/ (2
+right kidney, 13 left kidney); liver, spleen and pancreas must be there. Files
+that are there already are kept.""",
         epilog="example: python -m training warp --data runs/cache --shapes label_maps --out runs/warped",
         formatter_class=_HELP,
     )

@@ -66,9 +66,7 @@ class OrganSampler:
         grid, air = self._grid(scan, view)
         image = scan.image[None, None].float()
         unit = nn_sample(image, grid, "bilinear", "border") / LEVELS
-        # One is added so that the zeros outside the array can be told from background.
-        codes = nn_sample(scan.labels[None, None].float() + 1.0, grid, "nearest", "zeros")[:, 0].round().long() - 1
-        codes = torch.where(codes < 0, IGNORE, codes)
+        codes = codes_at(scan.labels, grid)
         if self.augmentation is not None:
             organs = torch.where(codes < CLASSES, codes, 0)
             unit = recolour(unit, self.augmentation, self.random, organs)
@@ -317,6 +315,13 @@ def smooth_enlarge(field: Tensor, size: tuple[int, int, int]) -> Tensor:
 def nn_sample(array: Tensor, grid: Tensor, mode: str, padding: str) -> Tensor:
     """`grid_sample` with voxel edges at -1 and 1."""
     return torch.nn.functional.grid_sample(array, grid, mode=mode, padding_mode=padding, align_corners=False)
+
+
+def codes_at(labels: Tensor, grid: Tensor) -> Tensor:
+    """Codes (1, ...) int64 of `labels` (z, y, x) at the places of a grid; `IGNORE` outside the array."""
+    # One is added so that the zeros outside the array can be told from background.
+    codes = nn_sample(labels[None, None].float() + 1.0, grid, "nearest", "zeros")[:, 0].round().long() - 1
+    return torch.where(codes < 0, IGNORE, codes)
 
 
 def centred(unit: Tensor) -> Tensor:

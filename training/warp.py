@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastorgan.box import extent_mm
-from fastorgan.labels import CLASSES, IGNORE, ORGANS
+from fastorgan.labels import CLASSES, ORGANS
 
 from .cache import FINEST_MM, SURROUND_MM, CachedVolume, upright_codes
 from .cases import DataError
-from .sampling import nn_sample
+from .sampling import codes_at, nn_sample
 
 Vector = NDArray[np.float64]
 Codes = NDArray[np.uint8]
@@ -43,7 +43,7 @@ MOST_CUT = 0.25
 """An organ counts as cut where its area at an end of the scan is a larger share of its largest area than this."""
 
 LEAST_DSC = 0.85
-"""Of each of the four organs; a scan that cannot be made to fit a shape so well is not warped to it."""
+"""Of each of the four organs, the kidneys apart; a scan that cannot be made to fit a shape so well is left out."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +177,9 @@ def register(scan: Shape, shape: Shape) -> Deformation:
     shift = torch.as_tensor(middle, dtype=torch.float32).requires_grad_()
     knots = torch.zeros(1, 3, 2, 2, 2)
 
+    def placed(moved: Tensor) -> Tensor:
+        return _column(scale) * points + _column(shift) + moved[0]
+
     def dsc(places: Tensor) -> Tensor:
         found = nn_sample(own, _grid(places, scan.size_mm), "bilinear", "zeros")[0].flatten(1)
         return 2 * (found * wanted).sum(1) / (found.square().sum(1) + wanted.square().sum(1) + 1e-6)
@@ -191,7 +194,7 @@ def register(scan: Shape, shape: Shape) -> Deformation:
         adam = torch.optim.Adam(groups)
         for _ in range(stage.steps):
             moved = _smooth(_enlarged(knots, size))
-            places = _column(scale) * points + _column(shift) + moved[0]
+            places = placed(moved)
             loss = 1 - (weights * dsc(places)).sum() / weights.sum()
             loss = loss + stage.smooth * _slope(moved[0]) + FOLDING * _folding(places)
             adam.zero_grad()
@@ -199,7 +202,7 @@ def register(scan: Shape, shape: Shape) -> Deformation:
             adam.step()
     with torch.no_grad():
         moved = _smooth(_enlarged(knots, size))
-        fit = dsc(_column(scale) * points + _column(shift) + moved[0])
+        fit = dsc(placed(moved))
     return Deformation(low, high, scale.detach(), shift.detach(), moved, dict(zip(codes, fit.tolist(), strict=True)))
 
 
@@ -224,14 +227,12 @@ def warp(volume: CachedVolume, shape: Shape) -> tuple[CachedVolume, dict[int, fl
     places = deformation(_points(low, low + size * spacing, size))
     grid = _grid(places, scan.size_mm)
     image = nn_sample(torch.from_numpy(volume.image)[None, None].float(), grid, "bilinear", "border")[0, 0]
-    # One is added so that the zeros outside the array can be told from background.
-    codes = nn_sample(torch.from_numpy(volume.labels)[None, None].float() + 1, grid, "nearest", "zeros")[0, 0]
-    codes = torch.where(codes > 0, codes - 1, IGNORE)
+    codes = codes_at(torch.from_numpy(volume.labels), grid)[0]
     # Slices beyond the scan would be its last one again and again.
     inside = ((places[0] >= 0) & (places[0] < scan.size_mm[0])).float().mean((1, 2)) > 0.5
     seen = np.flatnonzero(inside.numpy())
     part = slice(int(seen[0]), int(seen[-1]) + 1)
-    levels, labels = (array.round().byte().numpy()[part] for array in (image, codes))
+    levels, labels = image.round().byte().numpy()[part], codes.byte().numpy()[part]
     extent = np.asarray(labels.shape) * spacing
     organs_mm = np.stack(extent_mm((labels > 0) & (labels < CLASSES), tuple(spacing)))
     name = f"{volume.name}.{shape.name}"
