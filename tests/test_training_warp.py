@@ -16,7 +16,7 @@ from training import warp as warping  # noqa: E402
 from training.__main__ import main  # noqa: E402
 from training.cache import CachedVolume, load_cache  # noqa: E402
 from training.cases import DataError  # noqa: E402
-from training.warp import Deformation, Shape, find_shapes, is_whole, kidneys_apart, register, warp, warp_all  # noqa: E402
+from training.warp import Deformation, Shape, find_shapes, find_whole, is_whole, kidneys_apart, register, warp, warp_all  # noqa: E402
 
 SHAPE, SPACING = (48, 60, 88), (4.0, 3.75, 3.75)
 """A body of 192 x 225 x 330 mm, with four ellipsoids as organs."""
@@ -266,9 +266,9 @@ def test_a_scan_that_does_not_fit_is_not_written(tmp_path: Path, monkeypatch: py
 
 
 def test_without_a_whole_scan_there_is_nothing_to_warp(tmp_path: Path) -> None:
-    volume = cached(np.where(anatomy(SHAPE) == 4, np.uint8(0), anatomy(SHAPE)), SPACING)
-    with pytest.raises(DataError, match="no scan in the cache shows all four organs whole enough"):
-        next(warp_all([volume], write_shapes(tmp_path, 1), tmp_path / "out", 1, 0))
+    cached(np.where(anatomy(SHAPE) == 4, np.uint8(0), anatomy(SHAPE)), SPACING).save(tmp_path / "a.organs.npz")
+    with pytest.raises(DataError, match=f"{tmp_path}: no scan shows all four organs whole enough"):
+        find_whole(tmp_path)
 
 
 def test_the_command_writes_scans_that_can_be_trained_on(

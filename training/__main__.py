@@ -186,13 +186,12 @@ def _warp(options: argparse.Namespace) -> int:
     _need_torch()
     import torch
 
-    from .cache import load_cache
-    from .warp import find_shapes, warp_all
+    from .warp import find_shapes, find_whole, warp_all
 
     if options.threads:
         torch.set_num_threads(options.threads)
     shapes = find_shapes(options.shapes)
-    for warped in warp_all(load_cache(options.data, "organs"), shapes, options.out, options.each, options.seed):
+    for warped in warp_all(find_whole(options.data), shapes, options.out, options.each, options.seed):
         print(f"{warped.name}: {warped.text()}", flush=True)
     return 0
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 from fastorgan.box import extent_mm
 from fastorgan.labels import CLASSES, ORGANS
 
-from .cache import FINEST_MM, SURROUND_MM, CachedVolume, upright_codes
+from .cache import FINEST_MM, SURROUND_MM, CachedVolume, load_cache, upright_codes
 from .cases import DataError
 from .sampling import codes_at, nn_sample
 
@@ -285,24 +285,33 @@ def find_shapes(folder: Path) -> list[Path]:
     return shapes
 
 
+def find_whole(cache: Path) -> list[CachedVolume]:
+    """Load the scans of a cache folder that can be warped.
+
+    Raises:
+        DataError: if there are none.
+    """
+    whole = [volume for volume in load_cache(cache, "organs") if is_whole(volume)]
+    if not whole:
+        raise DataError(f"{cache}: no scan shows all four organs whole enough; there is nothing to warp")
+    return whole
+
+
 def warp_all(
     volumes: Sequence[CachedVolume], shapes: Sequence[Path], out: Path, each: int, seed: int
 ) -> Iterator[Warped]:
-    """Warp every whole scan to `each` of the shapes, dealt out like cards, and write NAME.SHAPE.organs.npz to `out`.
+    """Warp every scan to `each` of the shapes, dealt out like cards, and write NAME.SHAPE.organs.npz to `out`.
 
     The same seed deals the same shapes, so that an interrupted run is gone on with.
 
     Raises:
-        DataError: if no scan is whole, or a shape cannot be used.
+        DataError: if a shape cannot be used.
         VolumeError: if a shape cannot be read.
     """
-    whole = [volume for volume in volumes if is_whole(volume)]
-    if not whole:
-        raise DataError("no scan in the cache shows all four organs whole enough; there is nothing to warp")
     out.mkdir(parents=True, exist_ok=True)
     deck = np.random.default_rng(seed).permutation(len(shapes)).tolist()
     each = min(each, len(shapes))
-    for number, volume in enumerate(volume for volume in whole for _ in range(each)):
+    for number, volume in enumerate(volume for volume in volumes for _ in range(each)):
         shape = shapes[deck[number % len(deck)]]
         name = f"{volume.name}.{shape.name.removesuffix('.nii.gz')}"
         path = out / f"{name}.organs.npz"
