@@ -30,6 +30,7 @@ from training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from training.export import Blend, engine_difference, export
 from training.fit import Plan, Run, build
 from training.recipes import PRESETS
+from training.statistics import measure_statistics
 
 SMALL = (32, 24, 40)
 """Sides that differ, so that none can be mistaken for another."""
@@ -167,6 +168,23 @@ def test_a_second_network_and_a_newer_one_join_the_first(released: Path, tmp_pat
     assert all(newer.sha256[name] != first[name] for name in first)
     assert_engines_compute_what_was_trained(tmp_path / "roi" / CHECKPOINT, newer, "roi", "paper")
     assert max(engine_difference(newer, network) for network in ("roi", "organs")) < 0.01
+
+
+def test_with_a_cache_the_statistics_are_of_the_scans_that_were_trained_on(released: Path, tmp_path: Path) -> None:
+    cache = write_cache(tmp_path / "cache", ["p0", "p1"])
+    path = checkpoint(tmp_path / "run", "roi", left_out=["p1"])
+    assert export("roi", path, tmp_path / "weights", "1.0", cache=cache) < 0.01
+    stored = safetensors.torch.load_file(tmp_path / "weights" / "roi.safetensors")
+    before = safetensors.torch.load_file(released / "weights" / "roi.safetensors")
+    trained = {key for key in before if "running" not in key}
+    assert all(torch.equal(stored[key], before[key]) for key in trained)
+    network = build("roi", "slim", 0.0).eval()
+    network.load_state_dict(read_checkpoint(path, CPU)["export"])
+    measure_statistics(network, "roi", SMALL, cache, ["p1"])
+    for key in before.keys() - trained:
+        assert not torch.equal(stored[key], before[key])
+        # Of weights in half precision here, of the trained ones there.
+        assert torch.allclose(stored[key].float(), network.state_dict()[key], rtol=0.05, atol=0.02)
 
 
 def test_another_networks_checkpoint_is_refused(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from .recipes import PRESETS
 
 _HELP = argparse.RawDescriptionHelpFormatter
 
+_STATISTICS = "measure batch norm's statistics anew on these scans, but for patients whom the run left out"
+
 EXIT_CODES = """\
 exit codes:
   0    done, or the slice is used up
@@ -135,6 +137,7 @@ that are there already are kept.""",
         "--blend", metavar="FILE", type=Path, help="average the run's weights with these (.safetensors)"
     )
     export.add_argument("--share", type=_share, default=0.5, help="of the mean that --blend has (default: 0.5)")
+    export.add_argument("--cache", type=Path, metavar="CACHE", help=_STATISTICS)
     export.add_argument("--version", required=True, help="of the weights, for the manifest")
     export.set_defaults(run=_export)
 
@@ -159,6 +162,7 @@ that are there already are kept.""",
     left_out.add_argument("--run", type=Path, required=True, dest="folder", help="folder of the run")
     left_out.add_argument("--data", type=Path, required=True, help="folder that the cache was prepared from")
     left_out.add_argument("--out", type=Path, required=True, help="folder for the labels; all folds may share it")
+    left_out.add_argument("--cache", type=Path, metavar="CACHE", help=_STATISTICS)
     left_out.set_defaults(run=_left_out)
 
     curves = commands.add_parser(
@@ -248,7 +252,8 @@ def _export(options: argparse.Namespace) -> int:
     from .export import Blend, export
 
     blend = Blend(options.blend, options.share) if options.blend else None
-    difference = export(options.network, options.folder / CHECKPOINT, options.out, options.version, blend)
+    run = options.folder / CHECKPOINT
+    difference = export(options.network, run, options.out, options.version, blend, options.cache)
     print(f"{options.out}: {options.network} exported; engines differ by at most {difference:.2e} of the logits' SD")
     return 0
 
@@ -257,7 +262,7 @@ def _left_out(options: argparse.Namespace) -> int:
     _need_torch()
     from .left_out import segment_left_out
 
-    for case in segment_left_out(options.folder, options.data, options.out):
+    for case in segment_left_out(options.folder, options.data, options.out, cache=options.cache):
         print(options.out / f"{case.name}.nii.gz", flush=True)
     return 0
 

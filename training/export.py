@@ -17,6 +17,7 @@ from fastorgan.weights import MANIFEST, Weights
 
 from .checkpoint import read_checkpoint
 from .fit import build
+from .statistics import measure_statistics
 
 NETWORKS = ("roi", "organs")
 SUFFIXES = (".safetensors", ".xml", ".bin")
@@ -58,7 +59,9 @@ class Blend:
             raise WeightsError(f"{self.file}: cannot be read, or holds the weights of another network") from error
 
 
-def export(network: str, checkpoint: Path, out: Path, version: str, blend: Blend | None = None) -> float:
+def export(
+    network: str, checkpoint: Path, out: Path, version: str, blend: Blend | None = None, cache: Path | None = None
+) -> float:
     """Write a network's .safetensors (torch) and .xml and .bin (OpenVINO) to `out`, and update its manifest.
 
     Weights are rounded to half precision first, so that both engines run the same numbers from small files.
@@ -69,12 +72,14 @@ def export(network: str, checkpoint: Path, out: Path, version: str, blend: Blend
         out: the folder of released weights.
         version: of the release.
         blend: weights to average the run's with.
+        cache: folder of scans to measure batch norm's statistics on anew, but for the patients that the run left out;
+            None keeps those that came with the weights.
 
     Returns:
         The largest difference between the two engines' logits, relative to the logits' standard deviation.
 
     Raises:
-        DataError: if the checkpoint cannot be read.
+        DataError: if the checkpoint or the cache cannot be read.
         WeightsError: if the checkpoint is another network's or the engines disagree; `out` then stays as it was.
     """
     import openvino
@@ -85,8 +90,13 @@ def export(network: str, checkpoint: Path, out: Path, version: str, blend: Blend
         raise WeightsError(f"{checkpoint}: holds the {state['kind']} net, not the {network} net")
     module = build(network, state["variant"], 0.0).eval()
     trained = state["export"] if blend is None else blend.into(state["export"])
-    rounded = {k: v.half() if v.is_floating_point() else v for k, v in trained.items()}
-    module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in rounded.items()})
+    size = INPUT_SIZES[network]
+    rounded = _rounded(trained)
+    if cache is not None:
+        module.load_state_dict(_widened(rounded))
+        measure_statistics(module, network, size, cache, state.get("left_out", ()))
+        rounded = _rounded(module.state_dict())
+    module.load_state_dict(_widened(rounded))
 
     out.mkdir(parents=True, exist_ok=True)
     manifest = _manifest(out)
@@ -95,7 +105,6 @@ def export(network: str, checkpoint: Path, out: Path, version: str, blend: Blend
         fresh = Path(folder)
         kept = {k: v.contiguous() for k, v in rounded.items() if not k.endswith("num_batches_tracked")}
         (fresh / f"{network}.safetensors").write_bytes(safetensors.torch.save(kept))
-        size = INPUT_SIZES[network]
         with torch.no_grad():
             model = openvino.convert_model(module, example_input=torch.zeros(1, 1, *size), input=[1, 1, *size])
         openvino.save_model(model, fresh / f"{network}.xml", compress_to_fp16=True)
@@ -125,6 +134,14 @@ def engine_difference(weights: Weights, network: str) -> float:
     engines: tuple[Runtime, Runtime] = (OpenVinoRuntime(precision="f32"), choose_runtime("cpu", "torch"))
     first, second = (engine.load(weights, network)(x) for engine in engines)
     return float(np.abs(first - second).max() / first.std())
+
+
+def _rounded(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+
+
+def _widened(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
 def _manifest(out: Path) -> dict[str, Any]:

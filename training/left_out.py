@@ -16,7 +16,9 @@ from .checkpoint import CHECKPOINT, read_checkpoint
 from .export import export
 
 
-def segment_left_out(run: Path, data: Path, out: Path, released: Path | None = None) -> Iterator[Case]:
+def segment_left_out(
+    run: Path, data: Path, out: Path, released: Path | None = None, cache: Path | None = None
+) -> Iterator[Case]:
     """Label the cases of the patients left out, on their own grids, through the whole cascade.
 
     The run's network takes the place of the released one; the other network stays as it was released. The labels of
@@ -27,6 +29,7 @@ def segment_left_out(run: Path, data: Path, out: Path, released: Path | None = N
         data: the folder that the cache was prepared from.
         out: where NAME.nii.gz go.
         released: the folder of released weights; None for those of fastorgan.
+        cache: as `export` takes it.
 
     Yields:
         Each case when its labels are written.
@@ -50,7 +53,7 @@ def segment_left_out(run: Path, data: Path, out: Path, released: Path | None = N
         found = Weights.find(released)
         for name in (MANIFEST, *found.sha256):
             shutil.copyfile(found.folder / name, weights / name)
-        export(state["kind"], run / CHECKPOINT, weights, "left-out")
+        export(state["kind"], run / CHECKPOINT, weights, "left-out", cache=cache)
         cascade = Cascade.load("cpu", weights=weights)
         for case in cases:
             save_image(cascade.segment(load_image(case.image)), out / f"{case.name}.nii.gz")
