@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastorgan.networks import DenseVNet, RoiUNet, SlimRoiUNet
-from fastorgan.networks.blocks import ConvUnit, mac_count, parameter_count, upsample
+from fastorgan.networks.blocks import OWN_SHARE, CaseBatchNorm, ConvUnit, mac_count, parameter_count, upsample
 from fastorgan.networks.densevnet import STACK_UNITS, DenseStack
 from fastorgan.networks.roi import PAPER_WIDTHS
 from tests.synthetic_cache import one_thread
@@ -271,6 +271,45 @@ def test_batch_norms_are_niftynets() -> None:
     norms = [m for m in DenseVNet().modules() if isinstance(m, nn.BatchNorm3d)]
     assert {m.eps for m in norms} == {1e-5}
     assert all(m.affine for m in norms)
+
+
+def case_norm() -> CaseBatchNorm:
+    """Of one channel, with statistics 1 and 3, weight 2 and bias 0.5, for inference."""
+    norm = CaseBatchNorm(1, eps=0.0).eval()
+    norm.load_state_dict(
+        {"weight": torch.tensor([2.0]), "bias": torch.tensor([0.5])}
+        | {"running_mean": torch.tensor([1.0]), "running_var": torch.tensor([3.0])},
+        strict=False,
+    )
+    return norm
+
+
+def test_a_case_is_normalised_partly_by_itself() -> None:
+    assert OWN_SHARE == 0.25
+    # Mean 5 and variance 4; with a quarter of each: 2 and 3.25.
+    x = torch.tensor([3.0, 7.0, 3.0, 7.0]).reshape(1, 1, 1, 2, 2)
+    expected = [(value - 2.0) / math.sqrt(3.25) * 2.0 + 0.5 for value in (3.0, 7.0, 3.0, 7.0)]
+    assert case_norm()(x).flatten().tolist() == pytest.approx(expected)
+
+
+def test_a_case_is_normalised_alike_in_whatever_company() -> None:
+    torch.manual_seed(0)
+    norm, x = case_norm(), torch.randn(3, 1, 4, 5, 6)
+    assert torch.allclose(norm(x), torch.cat([norm(case[None]) for case in x]), atol=1e-6)
+
+
+def test_in_training_it_is_batch_norm() -> None:
+    torch.manual_seed(0)
+    own, plain, x = CaseBatchNorm(2), nn.BatchNorm3d(2), torch.randn(2, 2, 4, 5, 6)
+    assert torch.equal(own(x), plain(x))
+    assert own.running_mean is not None
+    assert plain.running_mean is not None
+    assert torch.equal(own.running_mean, plain.running_mean)
+
+
+@pytest.mark.parametrize(("network", "own"), [(DenseVNet(), 32), (SlimRoiUNet(), 0), (RoiUNet((4, 8, 8, 8)), 0)])
+def test_the_organ_net_alone_normalises_so(network: nn.Module, own: int) -> None:
+    assert sum(isinstance(m, CaseBatchNorm) for m in network.modules()) == own
 
 
 @pytest.mark.parametrize("build", [DenseVNet, SlimRoiUNet, RoiUNet])

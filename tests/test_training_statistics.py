@@ -9,11 +9,13 @@ pytest.importorskip("torch")
 import torch
 from torch import nn
 
+from fastorgan.box import ROI_SIZE
 from tests.synthetic_cache import one_thread, write_cache
 from training.cache import load_cache
 from training.cases import DataError
+from training.recipes import GENTLE
 from training.sampling import OrganSampler, Scan
-from training.statistics import measure_statistics
+from training.statistics import DRAWS, measure_statistics
 
 SIZE = (24, 32, 40)
 
@@ -38,17 +40,18 @@ def norm() -> nn.BatchNorm3d:
 
 
 def seen(cache: Path, patients: str) -> list[torch.Tensor]:
-    """The samples of some patients' scans."""
-    sampler = OrganSampler(SIZE, None, np.random.default_rng(0))
+    """The samples of some patients' scans, each scan as often as the others."""
+    torch.manual_seed(0)
+    sampler = OrganSampler(SIZE, GENTLE, np.random.default_rng(0))
     volumes = [volume for volume in load_cache(cache, "organs") if volume.patient[1] in patients]
-    return [sampler.draw(Scan.to_device(volume, torch.device("cpu")))[0] for volume in volumes]
+    return [sampler.draw(Scan.to_device(volume, torch.device("cpu")))[0] for _ in range(DRAWS) for volume in volumes]
 
 
 def test_statistics_are_the_mean_over_the_scans(cache: Path) -> None:
     module = norm()
     measure_statistics(module, "organs", SIZE, cache)
     samples = seen(cache, "012")
-    assert len(samples) == 3
+    assert len(samples) == 3 * DRAWS
     assert module.running_mean is not None
     assert module.running_var is not None
     # What a network of half precision sees differs in the third digit.
@@ -59,10 +62,10 @@ def test_statistics_are_the_mean_over_the_scans(cache: Path) -> None:
 def test_patients_left_out_are_not_looked_at(cache: Path) -> None:
     module, alone = norm(), norm()
     measure_statistics(module, "organs", SIZE, cache, {"p0", "p2"})
-    (sample,) = seen(cache, "1")
     alone.train().momentum = None
     alone.reset_running_stats()
-    alone(sample)
+    for sample in seen(cache, "1"):
+        alone(sample)
     assert module.running_mean is not None
     assert alone.running_mean is not None
     assert float(module.running_mean) == pytest.approx(float(alone.running_mean), abs=2e-3)
@@ -82,13 +85,25 @@ def test_nothing_else_changes(cache: Path) -> None:
     assert module[1].momentum == 0.3
 
 
-def test_the_roi_net_sees_the_whole_volumes(cache: Path) -> None:
+def test_the_same_scans_have_the_same_statistics_and_take_no_chance_from_others(cache: Path) -> None:
+    first, second = norm(), norm()
+    measure_statistics(first, "organs", SIZE, cache)
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    measure_statistics(second, "organs", SIZE, cache)
+    assert torch.equal(torch.rand(1), expected)
+    assert first.running_mean is not None
+    assert second.running_mean is not None
+    assert torch.equal(first.running_mean, second.running_mean)
+
+
+def test_the_roi_nets_are_of_its_own_samples(cache: Path) -> None:
+    sizes = set()
     module = norm()
+    module.register_forward_hook(lambda _, given, __: sizes.add(tuple(given[0].shape)))
     measure_statistics(module, "roi", SIZE, cache)
-    assert module.running_mean is not None
-    volumes = load_cache(cache, "roi")
-    grey = np.mean([volume.image.mean() / 255 * 2 - 1 for volume in volumes])
-    assert float(module.running_mean) == pytest.approx(grey, abs=0.01)
+    assert sizes == {(1, 1, *ROI_SIZE)}
 
 
 def test_without_a_patient_there_are_none(cache: Path) -> None:

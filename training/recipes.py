@@ -44,6 +44,12 @@ class Augmentation:
     blur: float = 0.3
 
 
+GENTLE = Augmentation(
+    turn_degrees=10.0, stretch=0.08, bend_mm=8.0, gamma=0.12, shift_hu=15.0, contrast=0.10, organ_hu=15.0, noise_hu=30.0
+)
+"""About half as strong: nearer to real scans, with the same cuts and fields of view."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """Everything that decides a training run besides its data, length and seed.

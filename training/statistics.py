@@ -10,17 +10,21 @@ from torch import nn
 from .cache import load_cache
 from .cases import DataError
 from .fit import bf16_pays
+from .recipes import GENTLE
 from .sampling import OrganSampler, RoiSampler, Sampler, Scan
+
+DRAWS = 2
+"""Samples of each scan."""
 
 
 @torch.no_grad()
 def measure_statistics(
     module: nn.Module, network: str, size: tuple[int, int, int], cache: Path, left_out: Container[str] = ()
 ) -> None:
-    """Set batch norm's running statistics to their mean over the scans of a cache, seen whole and undisturbed.
+    """Set batch norm's running statistics to their mean over samples of a cache, disturbed gently (`recipes.GENTLE`).
 
-    What a run gathers is of disturbed samples and of weights that it had on its way; a mean of weights never had any of
-    its own (Izmailov et al., Averaging weights leads to wider optima, UAI 2018, section 3.2).
+    What a run gathers is of strongly disturbed samples, and of weights that it had on its way; a mean of weights never
+    had any of its own (Izmailov et al., Averaging weights leads to wider optima, UAI 2018, section 3.2).
 
     Args:
         module: in evaluation, with weights; its statistics are changed.
@@ -37,7 +41,7 @@ def measure_statistics(
     if not scans:
         raise DataError(f"{cache}: every patient is left out; there is nothing to measure statistics on")
     chance = np.random.default_rng(0)
-    sampler: Sampler = RoiSampler(None, chance) if network == "roi" else OrganSampler(size, None, chance)
+    sampler: Sampler = RoiSampler(GENTLE, chance) if network == "roi" else OrganSampler(size, GENTLE, chance)
     norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm3d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
@@ -45,8 +49,9 @@ def measure_statistics(
         norm.reset_running_stats()
         # A plain mean over all that comes.
         norm.momentum = None
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16_pays(device)):
-        for scan in scans:
+    with torch.random.fork_rng(), torch.autocast(device.type, torch.bfloat16, enabled=bf16_pays(device)):
+        torch.manual_seed(0)
+        for scan in scans * DRAWS:
             module(sampler.draw(scan)[0].contiguous(memory_format=torch.channels_last_3d))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.eval()

@@ -4,13 +4,19 @@ import torch
 from torch import Tensor, nn
 
 from ..labels import CLASSES
-from .blocks import ConvUnit, initialise, upsample
+from .blocks import CaseBatchNorm, ConvUnit, initialise, upsample
 
 STACK_UNITS = (5, 10, 10)
 STACK_GROWTH = (4, 8, 16)
 SKIP_CHANNELS = (12, 24, 24)
 DOWN_CHANNELS = 24
 STEM_CHANNELS = 24
+
+
+class OrganUnit(ConvUnit):
+    """A unit of the organ net, which normalises each case partly by itself."""
+
+    norm = CaseBatchNorm
 
 
 class DenseStack(nn.Module):
@@ -20,7 +26,7 @@ class DenseStack(nn.Module):
         super().__init__()
         self.units = nn.ModuleList(
             # The last unit has no dropout, as NiftyNet builds it.
-            ConvUnit(channels_in + i * growth, growth, drop=drop if i < units - 1 else 0.0)
+            OrganUnit(channels_in + i * growth, growth, drop=drop if i < units - 1 else 0.0)
             for i in range(units)
         )
         self.channels_out = channels_in + units * growth
@@ -46,8 +52,8 @@ class DenseVNet(nn.Module):
     def __init__(self, classes: int = CLASSES, drop: float = 0.5) -> None:
         super().__init__()
         self.pool = nn.AvgPool3d(3, stride=2, padding=1, count_include_pad=False)
-        self.image_norm = nn.BatchNorm3d(1)
-        self.stem = ConvUnit(1, STEM_CHANNELS, kernel=5, stride=2, relu=False)
+        self.image_norm = CaseBatchNorm(1)
+        self.stem = OrganUnit(1, STEM_CHANNELS, kernel=5, stride=2, relu=False)
         channels = 1 + STEM_CHANNELS
         self.stacks = nn.ModuleList()
         self.skips = nn.ModuleList()
@@ -55,9 +61,9 @@ class DenseVNet(nn.Module):
         for level, (units, growth, skip) in enumerate(zip(STACK_UNITS, STACK_GROWTH, SKIP_CHANNELS, strict=True)):
             stack = DenseStack(channels, growth, units, drop)
             self.stacks.append(stack)
-            self.skips.append(ConvUnit(stack.channels_out, skip, drop=drop))
+            self.skips.append(OrganUnit(stack.channels_out, skip, drop=drop))
             if level < len(STACK_UNITS) - 1:
-                self.downs.append(ConvUnit(stack.channels_out, DOWN_CHANNELS, stride=2, drop=drop))
+                self.downs.append(OrganUnit(stack.channels_out, DOWN_CHANNELS, stride=2, drop=drop))
                 channels = DOWN_CHANNELS
         self.classify = nn.Conv3d(sum(SKIP_CHANNELS) + 1, classes, 3, padding=1)
         initialise(self)
