@@ -30,7 +30,10 @@ LEAST_SAME = 0.9999
 """Share of voxels that must have the same label whatever the number of threads."""
 
 LEAST_DSC = 0.998
-"""Of each organ, between engines and precisions in floats."""
+"""Of each organ, between engines and between single and half precision."""
+
+LEAST_DSC_BF16 = 0.997
+"""Of each organ, between bf16, which has seven bits behind the point, and single precision."""
 
 LEAST_DSC_INT8 = 0.97
 """Of each organ, between eight bits and single precision; `python -m evaluation engines` says what that costs."""
@@ -118,7 +121,7 @@ def test_bf16_agrees_with_single_precision(image: nib.Nifti1Image, whole: Labels
         pytest.skip("the processor has no instructions for bf16, and OpenVINO would silently take f32")
     found = agreement(find(Cascade(OpenVinoRuntime(2, "bf16"), Weights.find()), image), whole)
     print(found)
-    assert min(found.values()) >= LEAST_DSC
+    assert min(found.values()) >= LEAST_DSC_BF16
 
 
 def test_torch_agrees_with_openvino(image: nib.Nifti1Image, whole: Labels) -> None:
