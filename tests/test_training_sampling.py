@@ -44,6 +44,7 @@ STILL = Augmentation(
     organ_hu=0,
     noise_hu=0,
     blur=0,
+    filled=0,
 )
 """Disturbs nothing."""
 

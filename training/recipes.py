@@ -25,6 +25,7 @@ class Augmentation:
         organ_hu: of each organ by itself.
         noise_hu: upper limit of white noise.
         blur: chance of a blur, in plane or along z (thick slices).
+        filled: chance that contrast agent, water or stool takes the place of gas in the bowel (organ net only).
     """
 
     face_mm: float = 7.0
@@ -42,10 +43,19 @@ class Augmentation:
     organ_hu: float = 30.0
     noise_hu: float = 45.0
     blur: float = 0.3
+    filled: float = 0.4
 
 
 GENTLE = Augmentation(
-    turn_degrees=10.0, stretch=0.08, bend_mm=8.0, gamma=0.12, shift_hu=15.0, contrast=0.10, organ_hu=15.0, noise_hu=30.0
+    turn_degrees=10.0,
+    stretch=0.08,
+    bend_mm=8.0,
+    gamma=0.12,
+    shift_hu=15.0,
+    contrast=0.10,
+    organ_hu=15.0,
+    noise_hu=30.0,
+    filled=0.0,
 )
 """About half as strong: nearer to real scans, with the same cuts and fields of view."""
 

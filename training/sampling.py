@@ -6,6 +6,7 @@ errors that a ROI net makes, in a scan that may be cut shorter than it is.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -18,6 +19,7 @@ from fastorgan.intensity import LEVELS, WINDOW_HU, to_network
 from fastorgan.labels import CLASSES, IGNORE
 from fastorgan.resample import axis_weights
 
+from .bowel import fill, gas_pockets
 from .cache import CachedVolume
 from .recipes import Augmentation
 
@@ -34,6 +36,11 @@ class Scan:
     source: CachedVolume
     image: Tensor
     labels: Tensor
+
+    @cached_property
+    def pockets(self) -> Tensor:
+        """Numbers of `bowel.gas_pockets`, uint8 (z, y, x); found when they are first needed."""
+        return torch.from_numpy(gas_pockets(self.source)).to(self.image.device)
 
     @classmethod
     def to_device(cls, source: CachedVolume, device: torch.device) -> "Scan":
@@ -68,6 +75,9 @@ class OrganSampler:
         unit = nn_sample(image, grid, "bilinear", "border") / LEVELS
         codes = codes_at(scan.labels, grid)
         if self.augmentation is not None:
+            if self.random.random() < self.augmentation.filled:
+                pockets = nn_sample(scan.pockets[None, None].float(), grid, "nearest", "zeros")[:, 0].round().long()
+                unit = fill(unit, pockets, self.random)
             organs = torch.where(codes < CLASSES, codes, 0)
             unit = recolour(unit, self.augmentation, self.random, organs)
         if air is not None:
