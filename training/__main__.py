@@ -155,7 +155,7 @@ that are there already are kept.""",
     left_out = commands.add_parser(
         "left-out",
         help="segment the patients that a run of `fit --fold` left out, to be scored",
-        epilog="example: python -m training left-out --run runs/fold0 --data DATA --out runs/left-out\n"
+        epilog="example: python -m training left-out --run runs/fold0 --data DATA --cache runs/cache --out runs/left-out\n"
         "then:    python -m evaluation score runs/left-out DATA/labels",
         formatter_class=_HELP,
     )
