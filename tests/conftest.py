@@ -1,4 +1,4 @@
-"""A cascade whose networks know organs by their HU alone, and a CT made for it."""
+"""A cascade whose networks know organs by their HU alone, and a CT made for it; and a training cache."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +16,7 @@ from fastorgan.labels import CLASSES
 from fastorgan.report import Engine
 from fastorgan.runtime import Network
 from fastorgan.weights import Weights
+from tests.synthetic_cache import write_cache
 
 # A busy machine is no reason to fail.
 settings.register_profile("unhurried", deadline=None)
@@ -104,3 +105,9 @@ def inputs(
     (tmp_path / "in").mkdir()
     nib.save(blocks[0], tmp_path / "in" / "ct_0000.nii.gz")
     return tmp_path / "in"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training cache of three patients, "p0" to "p2"; for reading only."""
+    return write_cache(tmp_path_factory.mktemp("cache"))

@@ -47,11 +47,6 @@ def few_threads() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_cache(tmp_path_factory.mktemp("cache"))
-
-
 def organs(cache: Path, out: Path, recipe: Recipe = LIGHT, **changes: Any) -> Plan:
     return Plan("organs", cache, out, recipe, **changes)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from fastorgan.box import ROI_SIZE
-from tests.synthetic_cache import one_thread, write_cache
+from tests.synthetic_cache import one_thread
 from training.cache import load_cache
 from training.cases import DataError
 from training.recipes import GENTLE
@@ -24,11 +24,6 @@ SIZE = (24, 32, 40)
 def few_threads() -> Iterator[None]:
     with one_thread():
         yield
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_cache(tmp_path_factory.mktemp("cache"), ["p0", "p1", "p2"])
 
 
 def norm() -> nn.BatchNorm3d:

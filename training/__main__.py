@@ -155,8 +155,8 @@ that are there already are kept.""",
     left_out = commands.add_parser(
         "left-out",
         help="segment the patients that a run of `fit --fold` left out, to be scored",
-        epilog="example: python -m training left-out --run runs/fold0 --data DATA --cache runs/cache --out runs/left-out\n"
-        "then:    python -m evaluation score runs/left-out DATA/labels",
+        epilog="example: python -m training left-out --run runs/fold0 --data DATA --cache runs/cache --out runs/out\n"
+        "then:    python -m evaluation score runs/out DATA/labels",
         formatter_class=_HELP,
     )
     left_out.add_argument("--run", type=Path, required=True, dest="folder", help="folder of the run")

@@ -91,19 +91,19 @@ def export(
     module = build(network, state["variant"], 0.0).eval()
     trained = state["export"] if blend is None else blend.into(state["export"])
     size = INPUT_SIZES[network]
-    rounded = _rounded(trained)
+    module.load_state_dict(_rounded(trained))
     if cache is not None:
-        module.load_state_dict(_widened(rounded))
         measure_statistics(module, network, size, cache, state.get("left_out", ()))
-        rounded = _rounded(module.state_dict())
-    module.load_state_dict(_widened(rounded))
+        module.load_state_dict(_rounded(module.state_dict()))
 
     out.mkdir(parents=True, exist_ok=True)
     manifest = _manifest(out)
     manifest["version"] = version
     with tempfile.TemporaryDirectory(prefix=".export-", dir=out) as folder:
         fresh = Path(folder)
-        kept = {k: v.contiguous() for k, v in rounded.items() if not k.endswith("num_batches_tracked")}
+        kept = {
+            k: v.contiguous() for k, v in _rounded(module.state_dict()).items() if not k.endswith("num_batches_tracked")
+        }
         (fresh / f"{network}.safetensors").write_bytes(safetensors.torch.save(kept))
         with torch.no_grad():
             model = openvino.convert_model(module, example_input=torch.zeros(1, 1, *size), input=[1, 1, *size])
@@ -138,10 +138,6 @@ def engine_difference(weights: Weights, network: str) -> float:
 
 def _rounded(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-
-
-def _widened(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
 
 
 def _manifest(out: Path) -> dict[str, Any]:

@@ -76,8 +76,8 @@ class OrganSampler:
         codes = codes_at(scan.labels, grid)
         if self.augmentation is not None:
             if self.random.random() < self.augmentation.filled:
-                pockets = nn_sample(scan.pockets[None, None].float(), grid, "nearest", "zeros")[:, 0].round().long()
-                unit = fill(unit, pockets, self.random)
+                pockets = codes_at(scan.pockets, grid)
+                unit = fill(unit, pockets.masked_fill(pockets == IGNORE, 0), self.random)
             organs = torch.where(codes < CLASSES, codes, 0)
             unit = recolour(unit, self.augmentation, self.random, organs)
         if air is not None:
