@@ -729,6 +729,27 @@ def test_settings_reach_the_cascade(folders: Folders, monkeypatch: pytest.Monkey
     folders.put("a.nii.gz")
     folders.run(engine="openvino", threads=3, weights=folders.inputs)
     assert asked == [("cpu", {"engine": "openvino", "threads": 3, "weights": folders.inputs})]
+    monkeypatch.setattr(predict, "usable_cores", lambda: 4)
+    folders.put(*(f"{letter}.nii.gz" for letter in "bcdef"))
+    folders.run(jobs=2)
+    assert asked[1] == ("cpu", {"engine": "auto", "threads": 3, "weights": None})
+
+
+@pytest.mark.parametrize(
+    ("cores", "cases", "at_once", "threads"),
+    [
+        (2, 6, 2, 1),
+        (2, 5, 2, None),  # too few for it to matter that the first and the last networks run alone
+        (2, 20, 1, None),
+        (16, 20, 3, 14),
+        (2, 20, 4, 1),
+    ],
+)
+def test_in_a_long_batch_the_networks_leave_cores_to_the_other_cases(
+    cores: int, cases: int, at_once: int, threads: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "usable_cores", lambda: cores)
+    assert predict.network_threads(cases, at_once) == threads
 
 
 # Reports

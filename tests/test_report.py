@@ -118,6 +118,17 @@ def test_axis_order_and_layout_do_not_matter(
             assert organ_measure.volume_ml == pytest.approx(expected[name].volume_ml)
 
 
+def test_a_box_spares_reading_what_lies_outside() -> None:
+    labels = np.zeros((6, 5, 4), np.uint8)
+    labels[1:3, 2:5, 0:2] = 1
+    labels[4, 4, 3] = 3  # not in the box, so that it is seen whether that is read
+    box = RoiBox((1, 2, 0), (3, 5, 2))
+    assert measure(labels, (1.0, 1.0, 1.0), box)["liver"] == OrganMeasure(0.012, True)
+    assert measure(labels, (1.0, 1.0, 1.0), box)["spleen"].volume_ml == 0.0
+    turned = measure(labels[::-1], (1.0, 1.0, 1.0), RoiBox((3, 2, 0), (5, 5, 2)))
+    assert turned["liver"] == OrganMeasure(0.012, True)
+
+
 @pytest.mark.parametrize("layout", ["C", "F"])
 def test_measuring_does_not_copy_the_volume(layout: Any) -> None:
     labels = np.ones((160, 160, 160), np.uint8, order=layout)

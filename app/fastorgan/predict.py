@@ -23,11 +23,10 @@ from .nifti import MAX_VOXELS
 from .outputs import FinishedCase, Outputs
 from .plausibility import doubts
 from .report import CaseRecord, OrganMeasure, RoiBox, RunReport, Status, measure
-from .runtime import resolve_device
+from .runtime import resolve_device, usable_cores
 from .volume import (
     INPUT_SUFFIXES,
     OUTPUT_SUFFIXES,
-    Volume,
     label_image,
     load_image,
     make_folder,
@@ -47,6 +46,9 @@ _REPORT_EVERY = 200
 
 _REPORT_REST = 20
 """Behind them it is left alone for so many times as long as its writing took."""
+
+_LONG = 3
+"""From so many cases for each that is worked on at a time, the networks leave cores to the others."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ class Settings:
     """How to run a batch.
 
     Attributes:
-        device, engine, threads, weights: as `Cascade.load` takes them.
+        device, engine, weights: as `Cascade.load` takes them.
+        threads: of the CPU engine; None leaves it to `network_threads`.
         jobs: how many cases are worked on at a time; one is read or written while another is segmented. Each holds
             its scan in memory.
         report: where the run report goes, if anywhere.
@@ -170,6 +173,16 @@ def case_name(path: Path) -> str:
     return stem(path).removesuffix("_0000") or stem(path)
 
 
+def network_threads(cases: int, at_once: int) -> int | None:
+    """How many CPU threads the networks take in a batch; None is all cores.
+
+    The networks run one case at a time, and each part of a layer is as late as the slowest thread. A thread that shares
+    its core with another case's reading halts the rest, so that in a long batch the other cases have cores of their
+    own. In a short one the first and the last networks have nobody beside them and take all cores.
+    """
+    return max(1, usable_cores() - (at_once - 1)) if at_once > 1 and cases >= _LONG * at_once else None
+
+
 def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
     """Segment all jobs and say so; a case that fails does not stop the others.
 
@@ -195,11 +208,10 @@ def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
     records = InOrder(run, jobs, settings.jobs)
     try:
         # The first cases are read while the networks are loaded.
-        with sampler, records, _told(loaded):
+        with sampler, records, _quick_turns(), _told(loaded):
             # Not `device`: a card that was not asked for by name may be left for the CPU.
-            cascade = Cascade.load(
-                settings.device, engine=settings.engine, threads=settings.threads, weights=settings.weights
-            )
+            threads = settings.threads or network_threads(len(jobs), settings.jobs)
+            cascade = Cascade.load(settings.device, engine=settings.engine, threads=threads, weights=settings.weights)
             report = RunReport(cascade.engine, cascade.weights.sha256, settings.options, planned=len(jobs))
             report.warnings += cascade.faults
             for line in cascade.faults:
@@ -254,6 +266,20 @@ def note_cases(report: RunReport, jobs: Sequence[Job], records: Iterable[CaseRec
 
 
 @contextmanager
+def _quick_turns() -> Iterator[None]:
+    """Let threads ask for the interpreter ten times as often as Python does by itself, every 5 ms.
+
+    One that comes back from inflating or from NumPy needs it for a moment only, and many times a case.
+    """
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(usual / 10)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
+
+
+@contextmanager
 def _told(promised: Future[Cascade]) -> Iterator[None]:
     """Tell those who wait for what the block makes that it will not come, where the block fails."""
     try:
@@ -294,7 +320,8 @@ def run_case(loaded: Future[Cascade], job: Job, sampler: MemorySampler, settings
             found = cascade.find_organs(volume)
             seconds = timer.seconds | found.seconds
             spacing = tuple(float(s) for s in nib.affines.voxel_sizes(image.affine))
-            organs = judged(measure(found.labels, (spacing[0], spacing[1], spacing[2])), found)
+            roi = RoiBox(*volume.grid.box_in_file(found.roi.box), found.roi.fallback)
+            organs = judged(measure(found.labels, (spacing[0], spacing[1], spacing[2]), roi), found)
             with timer.stage("write"):
                 # Labels come last: where they are, all is there.
                 said = _write_segmentation(job, found, settings)
@@ -325,7 +352,7 @@ def run_case(loaded: Future[Cascade], job: Job, sampler: MemorySampler, settings
         device=found.device,
         shape=volume.grid.shape,
         spacing=(spacing[0], spacing[1], spacing[2]),
-        roi=_roi_in_file(found, volume),
+        roi=roi,
         organs=organs,
         statistics=extra.statistics,
         seconds=seconds | timer.seconds | extra.seconds,
@@ -384,11 +411,6 @@ def warnings_for(found: Segmentation, organs: dict[str, OrganMeasure]) -> list[s
     if parts:
         lines.append(f"cut off by the border of the scan, so that the volume may be only a part: {', '.join(parts)}")
     return lines
-
-
-def _roi_in_file(found: Segmentation, volume: Volume) -> RoiBox:
-    start, stop = volume.grid.box_in_file(found.roi.box)
-    return RoiBox(start, stop, found.roi.fallback)
 
 
 def _write_segmentation(job: Job, found: Segmentation, settings: Settings) -> list[str]:
