@@ -177,10 +177,14 @@ engines and precisions, each in a process of its own: medians of the networks'
 seconds, and mean DSC with its change against the first engine.""",
         epilog="""\
 openvino int8 needs weights that `python -m training quantise` was run on, and
-onnxruntime needs the packages onnxruntime, onnx and onnxscript.
+onnxruntime needs the packages onnxruntime, onnx and onnxscript. --gpu compares
+torch in half precision on the first NVIDIA card with OpenVINO on the CPU:
+eager, channels-last (which is what runs) and CUDA graphs. Seconds include the
+way to the card and back; GPU MiB are the whole card's, less those in use before.
 
-example:
-  python -m evaluation engines data sample --cases hcc002pv lidc0001""",
+examples:
+  python -m evaluation engines data sample --cases hcc002pv lidc0001
+  python -m evaluation engines sample --gpu""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -191,7 +195,8 @@ example:
         help="a folder with images/NAME_0000.nii.gz and labels/NAME.nii.gz",
     )
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="these alone (default: all)")
-    parser.add_argument("--engines", nargs="+", metavar="NAME", help="these alone (default: all)")
+    parser.add_argument("--engines", nargs="+", metavar="NAME", help="these alone (default: all of the CPU)")
+    parser.add_argument("--gpu", action="store_true", help="those of the first NVIDIA card")
     parser.add_argument("--weights", type=Path, metavar="DIR", help="others than the released ones")
     parser.set_defaults(run=_engines)
 
@@ -199,10 +204,12 @@ example:
 def _engines(args: argparse.Namespace) -> int:
     from fastorgan.weights import Weights
 
-    from .engines import CANDIDATES, compare, find_cases, header
+    from .engines import ON_CARD, ON_CPU, compare, describe_card, find_cases, header
 
     cases = [case for folder in args.data for case in find_cases(folder, args.cases)]
-    names = args.engines or list(CANDIDATES)
+    names = args.engines or (ON_CARD if args.gpu else ON_CPU)
+    if args.gpu:
+        print(describe_card(), flush=True)
     print(f"{len(cases)} CTs; DSC in %, and its change against {names[0]}")
     print(header(), flush=True)
     compare(names, cases, Weights.find(args.weights).folder)

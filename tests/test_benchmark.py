@@ -13,14 +13,16 @@ import pytest
 from evaluation.__main__ import main
 from evaluation.accuracy import PairError
 from evaluation.benchmark import BenchmarkError, Result, Run, Samples, Throughput, run_process
-from evaluation.engines import Outcome, find_cases, header, row
+from evaluation.engines import CANDIDATES, Outcome, find_cases, header, row
 from evaluation.floors import floors
 from evaluation.scaling import Point, plot_points, write_points
 from evaluation.stretched import stretch
 from fastorgan.errors import VolumeError
 from fastorgan.labels import ORGANS
 from fastorgan.phantom import make_phantom
+from fastorgan.runtime import INPUT_SIZES, TorchRuntime
 from fastorgan.volume import load_image, save_image
+from fastorgan.weights import Weights
 
 
 @pytest.fixture
@@ -203,10 +205,61 @@ def test_cases_have_a_ct_and_labels(tmp_path: Path) -> None:
 
 
 def test_an_engine_is_told_with_its_loss_against_the_first() -> None:
-    def outcome(name: str, score: float) -> Outcome:
+    def outcome(name: str, score: float, gpu_mib: float | None) -> Outcome:
         seconds = {"roi": [0.1, 0.3, 0.2], "organs": [1.0, 3.0, 2.0]}
-        return Outcome(name, seconds, seconds, 400.0, 180.0, {organ.name: {"a": score, "b": 0.9} for organ in ORGANS})
+        dsc = {organ.name: {"a": score, "b": 0.9} for organ in ORGANS}
+        return Outcome(name, seconds, seconds, 400.0, 180.0, gpu_mib, dsc)
 
-    line = row(outcome("b", 0.896), outcome("a", 0.9))
-    assert line.split() == ["b", "0.200", "2.000", "2.20", "400", "180", *["89.80", "(-0.20)"] * 4]
+    line = row(outcome("b", 0.896, 321.4), outcome("a", 0.9, None))
+    assert line.split() == ["b", "0.200", "2.000", "2.20", "400", "180", "321", *["89.80", "(-0.20)"] * 4]
     assert len(line) == len(header())
+    assert row(outcome("b", 0.9, None), outcome("b", 0.9, None)).split()[6] == "-"
+
+
+def test_without_a_card_the_comparison_on_one_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a card")
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / "a.nii.gz").touch()
+    assert main(["engines", str(tmp_path), "--gpu"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_card_takes_its_networks_in_either_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A stand-in: what should go to the card stays on the CPU in single precision.
+    torch: Any = pytest.importorskip("torch")
+    module_to, tensor_to, layouts = torch.nn.Module.to, torch.Tensor.to, []
+
+    def move_module(module: Any, device: Any, kind: Any, **more: Any) -> Any:
+        layouts.append(more["memory_format"])
+        return module_to(module, "cpu", torch.float32, **more)
+
+    def move_tensor(tensor: Any, device: Any, *kind: Any, **more: Any) -> Any:
+        on_card = isinstance(device, torch.device) and device.type == "cuda"
+        return tensor.float() if on_card else tensor_to(tensor, device, *kind, **more)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a CPU")
+    monkeypatch.setattr(torch.nn.Module, "to", move_module)
+    monkeypatch.setattr(torch.Tensor, "to", move_tensor)
+    x = np.random.default_rng(0).normal(size=(48, 48, 48)).astype(np.float32)
+    plain, channels = (CANDIDATES[name]().load(Weights.find(), "roi")(x) for name in ("cuda eager", "cuda channels"))
+    assert layouts == [torch.contiguous_format, torch.channels_last_3d]
+    np.testing.assert_allclose(plain, channels, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in CANDIDATES if name.startswith("cuda")])
+def test_on_a_card_each_form_agrees_with_the_cpu(name: str) -> None:
+    torch: Any = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA card")
+    for network, size in INPUT_SIZES.items():
+        x = np.random.default_rng(0).normal(size=size).astype(np.float32)
+        expected = TorchRuntime("cpu").load(Weights.find(), network)(x)
+        run = CANDIDATES[name]().load(Weights.find(), network)
+        # Twice: a graph replays into the same memory.
+        for _ in range(2):
+            found = run(x)
+        assert np.corrcoef(found.ravel(), expected.ravel())[0, 1] > 0.999

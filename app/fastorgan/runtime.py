@@ -277,6 +277,7 @@ class TorchRuntime:
                 )
             if (self.device.index or 0) >= count:
                 raise DeviceError(f"{device} is not available: torch sees {count} GPU(s)")
+        self.layout = torch.channels_last_3d
         self.engine = self._describe()
 
     def load(self, weights: Weights, network: str) -> Network:
@@ -297,14 +298,14 @@ class TorchRuntime:
             raise WeightsError(f"{weights.folder}: the {network} weights are of another network")
         kind = torch.float16 if self.device.type == "cuda" else torch.float32
         with self._card_faults():
-            module.eval().to(self.device, kind, memory_format=torch.channels_last_3d)
+            forward = self.prepare(module.eval().to(self.device, kind, memory_format=self.layout), network)
 
         busy = threading.Lock()
 
         def run(x: NDArray[np.float32]) -> NDArray[np.float32]:
             with busy, torch.inference_mode(), self._card_faults():
                 given = torch.from_numpy(np.ascontiguousarray(x))[None, None].to(self.device, kind)
-                logits = module(given.contiguous(memory_format=torch.channels_last_3d))
+                logits = forward(given.contiguous(memory_format=self.layout))
                 # Half precision ends at 65,504, and a comparison with NaN would quietly make background of it.
                 finite = kind is torch.float32 or bool(torch.isfinite(logits).all())
                 result: NDArray[np.float32] = logits[0].float().contiguous().cpu().numpy()
@@ -313,6 +314,10 @@ class TorchRuntime:
             return result
 
         return run
+
+    def prepare(self, module: Callable[[Any], Any], network: str) -> Callable[[Any], Any]:
+        """What carries out a pass of a network on the device: the module as it is, which others may wrap."""
+        return module
 
     def _describe(self) -> Engine:
         cuda = self.device.type == "cuda"
