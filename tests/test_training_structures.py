@@ -6,9 +6,10 @@ import torch
 
 from fastorgan.labels import IGNORE
 from fastorgan.networks import DenseVNet
+from fastorgan.networks.blocks import upsample
 from training.cache import STRUCTURES
 from training.losses import entropy_and_dice
-from training.structures import TwoHeads, split_codes, structures_loss
+from training.structures import TwoHeads, enlarge, split_codes, structures_loss
 
 
 def test_codes_are_parted() -> None:
@@ -25,8 +26,17 @@ def test_the_second_head_leaves_the_first_as_it_is() -> None:
     x = torch.randn(1, 1, 16, 24, 32)
     both = TwoHeads(network).eval()
     organs, structures = both(x)
-    assert torch.equal(organs, network(x))
+    torch.testing.assert_close(organs, network(x), rtol=0, atol=1e-5)
+    torch.testing.assert_close(structures, both.head(network.features(x)), rtol=0, atol=1e-5)
     assert structures.shape == (1, 9, 8, 12, 16)
+
+
+def test_logits_are_enlarged_as_in_inference() -> None:
+    logits = torch.randn(2, 5, 3, 4, 6, requires_grad=True)
+    slopes = torch.randn(2, 5, 6, 8, 12)
+    torch.testing.assert_close(enlarge(logits), upsample(logits))
+    (found,), (expected,) = (torch.autograd.grad(f(logits), logits, slopes) for f in (enlarge, upsample))
+    torch.testing.assert_close(found, expected)
 
 
 def test_the_loss_is_entropy_and_dice_at_half_the_size() -> None:

@@ -51,10 +51,11 @@ class _EntropyAndDice(torch.autograd.Function):
         for known_p, some, marks in _parts(probabilities, logits.flatten(2), codes.flatten(1)[:, None]):
             log_p = torch.log_softmax(some.float(), 0)
             # An unknown voxel is of no class.
-            true = marks == classes
-            entropy -= torch.where(true, log_p, 0.0).sum()
-            known_p.copy_(log_p.exp_()).masked_fill_(marks == IGNORE, 0.0)
-            shared += torch.where(true, known_p, 0.0).sum(1)
+            true = (marks == classes).float()
+            entropy -= torch.dot(true.flatten(), log_p.flatten())
+            torch.exp(log_p, out=known_p)
+            known_p *= marks != IGNORE
+            shared += (true * known_p).sum(1)
             total += known_p.sum(1)
             target += true.sum(1)
         known = target.sum().clamp(min=1)
@@ -75,11 +76,11 @@ class _EntropyAndDice(torch.autograd.Function):
         of_entropy = of_entropy / known
         result = torch.empty(probabilities.shape, dtype=ctx.logits, device=score.device)
         for slope, p, marks in _parts(result, probabilities, codes.flatten(1)[:, None]):
-            true = marks == classes
+            true = (marks == classes).float()
             # By each probability; then through the softmax.
-            by_p = of_sum - torch.where(true, of_true, 0.0)
+            by_p = of_sum - true * of_true
             by_p += of_entropy - (p * by_p).sum(0)
-            slope.copy_(by_p.mul_(p).sub_(torch.where(true, of_entropy, 0.0)))
+            slope.copy_(by_p.mul_(p).sub_(true.mul_(of_entropy)))
         return result.view(len(codes), -1, *codes.shape[1:]), None
 
 

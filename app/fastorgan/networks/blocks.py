@@ -66,7 +66,15 @@ class ConvUnit(nn.Sequential):
 
 def upsample(x: Tensor, factor: int = 2) -> Tensor:
     """Enlarge the three spatial axes of (N, C, D, H, W) linearly, voxel centres kept in place."""
-    return nn.functional.interpolate(x, scale_factor=float(factor), mode="trilinear", align_corners=False)
+    large = nn.functional.interpolate(x, scale_factor=float(factor), mode="trilinear", align_corners=False)
+    if large.requires_grad:
+        # A part of a concatenation's gradient has gaps, for which torch would leave the layout it is fast in.
+        large.register_hook(_channels_last)  # type: ignore[no-untyped-call]
+    return large
+
+
+def _channels_last(gradient: Tensor) -> Tensor:
+    return gradient.contiguous(memory_format=torch.channels_last_3d)
 
 
 def initialise(network: nn.Module) -> None:

@@ -79,8 +79,9 @@ class DenseVNet(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """What the logits are computed from: skips of all levels and the image, (N, 61, D/2, H/2, W/2)."""
-        # torch has no bf16 average pooling on a CPU, so the image branch stays in float32.
-        image = self.image_norm(self.pool(x))
+        # torch has no bf16 average pooling on a CPU, so the image branch stays in float32. Of one channel no layout is
+        # known, and concatenations would be laid out for the slower convolutions, unless the strides say it.
+        image = self.image_norm(self.pool(x)).clone(memory_format=torch.channels_last_3d)
         features = self.stem(x)
         features = torch.cat((image.to(features.dtype), features), dim=1)
         branches = []
