@@ -298,6 +298,14 @@ def test_a_case_is_normalised_alike_in_whatever_company() -> None:
     assert torch.allclose(norm(x), torch.cat([norm(case[None]) for case in x]), atol=1e-6)
 
 
+def test_a_case_is_normalised_in_the_type_of_its_activations() -> None:
+    # As autocast has it: activations in bf16, statistics in f32.
+    x = torch.arange(8.0).reshape(1, 1, 2, 2, 2)
+    found = case_norm()(x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), case_norm()(x), rtol=0.02, atol=0.02)
+
+
 def test_in_training_it_is_batch_norm() -> None:
     torch.manual_seed(0)
     own, plain, x = CaseBatchNorm(2), nn.BatchNorm3d(2), torch.randn(2, 2, 4, 5, 6)

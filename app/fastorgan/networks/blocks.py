@@ -23,11 +23,13 @@ class CaseBatchNorm(nn.BatchNorm3d):
             return super().forward(x)
         assert self.running_mean is not None
         assert self.running_var is not None
-        variance, mean = torch.var_mean(x, (2, 3, 4), correction=0, keepdim=True)
+        own = torch.var_mean(x, (2, 3, 4), correction=0, keepdim=True)
+        # Under autocast activations are of another type than what is stored.
+        variance, mean = (statistic.to(self.running_mean.dtype) for statistic in own)
         mean = torch.lerp(_column(self.running_mean), mean, OWN_SHARE)
         variance = torch.lerp(_column(self.running_var), variance, OWN_SHARE)
         scale = _column(self.weight) * torch.rsqrt(variance + self.eps)
-        return x * scale + (_column(self.bias) - mean * scale)
+        return x * scale.to(x.dtype) + (_column(self.bias) - mean * scale).to(x.dtype)
 
 
 def _column(values: Tensor) -> Tensor:
