@@ -25,7 +25,7 @@ from .losses import entropy_and_dice, focal, foreground_loss
 from .narrow_gradients import narrow_gradients
 from .progress import Progress
 from .recipes import Recipe, sized
-from .sampling import OrganSampler, RoiSampler, Sampler, Scan
+from .sampling import Sampler, Scan, make_sampler
 from .stopping import StopRequest
 from .structures import TwoHeads, split_codes, structures_loss
 from .world import ALONE, World
@@ -244,16 +244,15 @@ class Run:
         network.load_state_dict(self.exported())
         network.eval().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         scores: dict[str, list[float]] = {}
+        exact = make_sampler(self.plan.network, self.size, None, self.random)
         if self.plan.network == "roi":
-            exact = RoiSampler(None, self.random)
             for scan in self.held_out[self.world.rank :: self.world.size]:
                 image, share = exact.draw(scan)
                 found, true = network(image) > 0, share > 0.5
                 scores.setdefault("dice_foreground", []).append(_dice(found, true))
         else:
-            boxed = OrganSampler(self.size, None, self.random)
             for scan in self.held_out[self.world.rank :: self.world.size]:
-                image, codes = boxed.draw(scan)
+                image, codes = exact.draw(scan)
                 found = network(image).argmax(1)
                 for organ in ORGANS:
                     true = codes == organ.code
@@ -321,16 +320,14 @@ class Run:
 
     def _sampler(self) -> Sampler:
         recipe = self.plan.recipe
-        if self.plan.network == "roi":
-            return RoiSampler(recipe.augmentation, self.random)
-        if recipe.augment == "batchgenerators":
+        if self.plan.network == "organs" and recipe.augment == "batchgenerators":
             from .paper_sampling import PaperSampler
 
             try:
                 return PaperSampler(self.size, self.random)
             except ImportError as error:
                 raise PlanError("this preset needs batchgenerators: pip install 'fastorgan[train]'") from error
-        return OrganSampler(self.size, recipe.augmentation, self.random)
+        return make_sampler(self.plan.network, self.size, recipe.augmentation, self.random)
 
     def _length(self) -> tuple[int | None, float | None]:
         if self.plan.steps is not None or self.plan.minutes is not None:

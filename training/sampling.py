@@ -261,6 +261,13 @@ class RoiSampler:
         return both[:, :1], both[:, 1:]
 
 
+def make_sampler(
+    network: str, size: tuple[int, int, int], augmentation: Augmentation | None, generator: np.random.Generator
+) -> Sampler:
+    """The sampler of a network, "organs" or "roi", which has a size of its own."""
+    return RoiSampler(augmentation, generator) if network == "roi" else OrganSampler(size, augmentation, generator)
+
+
 def recolour(unit: Tensor, how: Augmentation, random: np.random.Generator, organs: Tensor) -> Tensor:
     """Change a sample's grey values as scanners, phases and kernels do.
 

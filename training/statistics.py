@@ -11,7 +11,7 @@ from .cache import load_cache
 from .cases import DataError
 from .fit import bf16_pays
 from .recipes import GENTLE
-from .sampling import OrganSampler, RoiSampler, Sampler, Scan
+from .sampling import Scan, make_sampler
 
 DRAWS = 2
 """Samples of each scan."""
@@ -41,7 +41,7 @@ def measure_statistics(
     if not scans:
         raise DataError(f"{cache}: every patient is left out; there is nothing to measure statistics on")
     chance = np.random.default_rng(0)
-    sampler: Sampler = RoiSampler(GENTLE, chance) if network == "roi" else OrganSampler(size, GENTLE, chance)
+    sampler = make_sampler(network, size, GENTLE, chance)
     norms = [norm for norm in module.modules() if isinstance(norm, nn.BatchNorm3d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
