@@ -173,7 +173,7 @@ def _add_device(command: "argparse.ArgumentParser | argparse._ArgumentGroup") ->
     """The options that say what runs the networks."""
     command.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     command.add_argument("--engine", default="auto", help="auto, openvino or torch (default: auto)")
-    command.add_argument("--threads", type=_positive, help="CPU threads (default: all cores)")
+    command.add_argument("--threads", type=_positive, help="CPU threads (default: all cores, in a long batch fewer)")
     command.add_argument("--weights", metavar="DIR", type=Path, help="other weights than the released ones")
 
 
