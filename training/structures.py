@@ -41,7 +41,7 @@ class TwoHeads(nn.Module):
 def enlarge(logits: Tensor) -> Tensor:
     """What `fastorgan.networks.blocks.upsample` computes, contiguous, by a matrix product along each axis.
 
-    On a CPU it takes a fifth of the time, there and back.
+    On a CPU with bf16 it takes a fifth of the time, there and back; in float32 a half.
     """
     flat = logits.contiguous().flatten(0, 1)
     depth, height, width = (torch.from_numpy(axis_weights(n, 0, n, 2 * n)).to(logits.device) for n in flat.shape[1:])

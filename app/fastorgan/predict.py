@@ -209,8 +209,8 @@ def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
     try:
         # The first cases are read while the networks are loaded.
         with sampler, records, _quick_turns(), _told(loaded):
-            # Not `device`: a card that was not asked for by name may be left for the CPU.
             threads = settings.threads or network_threads(len(jobs), settings.jobs)
+            # Not `device`: a card that was not asked for by name may be left for the CPU.
             cascade = Cascade.load(settings.device, engine=settings.engine, threads=threads, weights=settings.weights)
             report = RunReport(cascade.engine, cascade.weights.sha256, settings.options, planned=len(jobs))
             report.warnings += cascade.faults
