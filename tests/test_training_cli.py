@@ -267,7 +267,7 @@ def test_options_reach_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert (first.recipe.optimiser, first.recipe.size, first.recipe.rate) == ("sgd", (72, 96, 144), 0.002)
     assert (first.steps, first.minutes, first.slice_minutes) == (5, 1.5, 0.5)
     assert (first.fold, first.device, first.seed) == ((1, 6), "cuda:1", 3)
-    assert (second.network, second.variant, second.recipe.optimiser) == ("roi", "paper", "adamw")
+    assert (second.network, second.variant, second.recipe.optimiser) == ("roi", "paper", "muon")
     assert (second.steps, second.minutes, second.fold, second.device) == (None, None, None, "cpu")
 
 

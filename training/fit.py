@@ -23,6 +23,7 @@ from .checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from .log import LOG, append
 from .losses import entropy_and_dice, focal, foreground_loss
 from .narrow_gradients import narrow_gradients
+from .optimisers import make_optimiser, set_rate
 from .progress import Progress
 from .recipes import Recipe, sized
 from .sampling import Sampler, Scan, make_sampler
@@ -168,7 +169,7 @@ class Run:
         resuming = (plan.out / CHECKPOINT).is_file()
         if plan.init is not None and not resuming:
             self._take_weights(plan.init)
-        self.optimiser = self._optimiser()
+        self.optimiser = make_optimiser(plan.recipe.optimiser, self.model, plan.recipe.weight_decay)
         self.average = Average(self.network, plan.recipe.average)
         self.size = sized(plan.recipe.size, plan.network)
         self.sampler = self._sampler()
@@ -274,8 +275,7 @@ class Run:
         image, target = self.sampler.draw(self.train[taken[self.world.rank]])
         self.network.train()
         rate = recipe.rate * (1.0 - self.progress) ** 0.9 * min(1.0, (self.step + 1) / max(1, recipe.warm_up))
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
+        set_rate(self.optimiser, rate)
         image = image.contiguous(memory_format=torch.channels_last_3d)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16_pays(self.device)):
             # The losses go through whole channels.
@@ -297,7 +297,7 @@ class Run:
         whole = terms["loss"]
         if "structures" in terms:
             whole = whole + recipe.structures * terms["structures"]
-        self.optimiser.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
         whole.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
         if not bool(norm.isfinite()):
@@ -306,14 +306,6 @@ class Run:
         self.world.level_statistics(self.network)
         self.average.update(self.network, self.step)
         return {"rate": rate} | {key: float(value.detach()) for key, value in terms.items()}
-
-    def _optimiser(self) -> torch.optim.Optimizer:
-        recipe = self.plan.recipe
-        if recipe.optimiser == "sgd":
-            return torch.optim.SGD(
-                self.model.parameters(), recipe.rate, momentum=0.99, nesterov=True, weight_decay=recipe.weight_decay
-            )
-        return torch.optim.AdamW(self.model.parameters(), recipe.rate, weight_decay=recipe.weight_decay)
 
     def _slice_used(self, seconds: float) -> bool:
         return self.plan.slice_minutes is not None and seconds / 60 >= self.plan.slice_minutes

@@ -65,7 +65,7 @@ class Recipe:
     """Everything that decides a training run besides its data, length and seed.
 
     Attributes:
-        optimiser: "sgd" (momentum 0.99 with Nesterov, as nnU-Net and the paper's framework) or "adamw".
+        optimiser: "sgd", "adamw" or "muon" (`training.optimisers`).
         rate: initial learning rate, reduced by (1 - progress) ** 0.9 (poly decay).
         loss: "focal" or "entropy+dice".
         drop: dropout rate.
@@ -98,7 +98,7 @@ class Recipe:
 PRESETS = {
     # He & Luo, table 3: SGD 0.01, poly decay 0.9, focal loss, 600 epochs, batch 1, rotation, scaling and noise.
     "paper": Recipe("sgd", 0.01, "focal", 0.5, CROP_SIZE, "batchgenerators", 0, 0.0, epochs=600),
-    "light": Recipe("adamw", 2e-3, "entropy+dice", 0.0, CROP_SIZE, "torch", 100, 0.998, steps=12000, structures=0.3),
+    "light": Recipe("muon", 2e-3, "entropy+dice", 0.0, CROP_SIZE, "torch", 100, 0.998, steps=12000, structures=0.3),
 }
 """By name; `light` is what ships. The ROI net takes its size from `ROI_SIZE` under either."""
 
