@@ -23,6 +23,7 @@ from fastorgan.phantom import make_phantom
 from fastorgan.runtime import INPUT_SIZES, TorchRuntime
 from fastorgan.volume import load_image, save_image
 from fastorgan.weights import Weights
+from tests.stand_in_card import StandInCard
 
 
 @pytest.fixture
@@ -227,26 +228,11 @@ def test_without_a_card_the_comparison_on_one_says_so(tmp_path: Path, capsys: py
 
 
 def test_the_card_takes_its_networks_in_either_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A stand-in: what should go to the card stays on the CPU in single precision.
     torch: Any = pytest.importorskip("torch")
-    module_to, tensor_to, layouts = torch.nn.Module.to, torch.Tensor.to, []
-
-    def move_module(module: Any, device: Any, kind: Any, **more: Any) -> Any:
-        layouts.append(more["memory_format"])
-        return module_to(module, "cpu", torch.float32, **more)
-
-    def move_tensor(tensor: Any, device: Any, *kind: Any, **more: Any) -> Any:
-        on_card = isinstance(device, torch.device) and device.type == "cuda"
-        return tensor.float() if on_card else tensor_to(tensor, device, *kind, **more)
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a CPU")
-    monkeypatch.setattr(torch.nn.Module, "to", move_module)
-    monkeypatch.setattr(torch.Tensor, "to", move_tensor)
+    card = StandInCard(monkeypatch)
     x = np.random.default_rng(0).normal(size=(48, 48, 48)).astype(np.float32)
     plain, channels = (CANDIDATES[name]().load(Weights.find(), "roi")(x) for name in ("cuda eager", "cuda channels"))
-    assert layouts == [torch.contiguous_format, torch.channels_last_3d]
+    assert card.layouts == [torch.contiguous_format, torch.channels_last_3d]
     np.testing.assert_allclose(plain, channels, atol=1e-4)
 
 

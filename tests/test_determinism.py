@@ -20,6 +20,7 @@ from fastorgan.phantom import make_phantom
 from fastorgan.runtime import INT8, OpenVinoRuntime, TorchRuntime
 from fastorgan.volume import load_image
 from fastorgan.weights import Weights
+from tests.stand_in_card import StandInCard
 
 pytestmark = pytest.mark.slow
 
@@ -131,37 +132,33 @@ def test_torch_agrees_with_openvino(image: nib.Nifti1Image, whole: Labels) -> No
     assert min(found.values()) >= LEAST_DSC
 
 
+class HalfPrecisionCard(StandInCard):
+    """Rounds weights, inputs and the result of every layer to half precision.
+
+    Each layer adds up in single precision, as cuDNN does.
+    """
+
+    rounded = 0
+
+    def take_network(self, network: Any) -> None:
+        network.half()
+        for layer in network.modules():
+            if not list(layer.children()):
+                layer.register_forward_hook(lambda _, __, result: result.half().float())
+                self.rounded += 1
+
+    def take_input(self, values: Any) -> Any:
+        return values.half().float()
+
+
 def test_half_precision_agrees_with_single(
     image: nib.Nifti1Image, whole: Labels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What a GPU runs, without one: weights, inputs and the result of every layer are rounded to half precision; each
-    # layer adds up in single precision, as cuDNN does.
-    torch: Any = pytest.importorskip("torch")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a CPU")
-    module_to, tensor_to = torch.nn.Module.to, torch.Tensor.to
-    rounded = []
-
-    def move_module(module: Any, device: Any, kind: Any, **more: Any) -> Any:
-        assert kind is torch.float16
-        for layer in module.modules():
-            if not list(layer.children()):
-                layer.register_forward_hook(lambda _, __, result: result.half().float())
-                rounded.append(layer)
-        return module_to(module_to(module, torch.float16), "cpu", torch.float32, **more)
-
-    def move_tensor(tensor: Any, device: Any, *kind: Any, **more: Any) -> Any:
-        if isinstance(device, torch.device) and device.type == "cuda":
-            assert kind == (torch.float16,)
-            return tensor.half().float()
-        return tensor_to(tensor, device, *kind, **more)
-
-    monkeypatch.setattr(torch.nn.Module, "to", move_module)
-    monkeypatch.setattr(torch.Tensor, "to", move_tensor)
+    pytest.importorskip("torch")
+    card = HalfPrecisionCard(monkeypatch)
     cascade = Cascade(TorchRuntime("cuda:0"), Weights.find())
     assert cascade.engine.precision == "f16"
-    assert len(rounded) > 50
+    assert card.rounded > 50
     labels = find(cascade, image)
     assert not np.array_equal(labels, whole), "nothing was rounded"
     found = agreement(labels, whole)

@@ -24,6 +24,7 @@ from fastorgan.phantom import make_phantom
 from fastorgan.report import Engine
 from fastorgan.runtime import FallbackRuntime, Network, TorchRuntime, choose_runtime
 from fastorgan.weights import Weights
+from tests.stand_in_card import StandInCard
 
 torch: Any = pytest.importorskip("torch")
 
@@ -42,55 +43,46 @@ OLD_DRIVER = (
 )
 
 
-class Card:
-    """The stand-in: which of its operations fail, counted from the first."""
+class FailingCard(StandInCard):
+    """Works until told otherwise.
 
-    def __init__(self) -> None:
+    Attributes:
+        loading: what the card says while a network is loaded.
+        running: what it says to a network that runs, by the run's number, from 1.
+        spoiled: the runs of which one result is no number.
+        forwards: how many runs there were.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__(monkeypatch)
         self.loading: Exception | None = None
         self.running: dict[int, Exception] = {}
         self.spoiled: set[int] = set()
         self.forwards = 0
 
+    def take_network(self, network: Any) -> None:
+        if self.loading is not None:
+            raise self.loading
+        network.register_forward_pre_hook(self._before)
+        network.register_forward_hook(self._after)
 
-@pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Card:
-    """Make torch and the driver tell of one card, which works until told otherwise."""
-    card = Card()
-    move = torch.nn.Module.to
-
-    def to(module: Any, device: Any, kind: Any, **options: Any) -> Any:
-        if torch.device(device).type == "cuda":
-            if card.loading is not None:
-                raise card.loading
-            module.register_forward_pre_hook(forward)
-            module.register_forward_hook(after)
-        return move(module, "cpu", torch.float32, **options)
-
-    def forward(module: Any, given: Any) -> Any:
-        card.forwards += 1
-        if (error := card.running.get(card.forwards)) is not None:
+    def _before(self, network: Any, given: Any) -> None:
+        self.forwards += 1
+        if (error := self.running.get(self.forwards)) is not None:
             raise error
-        return (given[0].float(),)
 
-    def after(module: Any, given: Any, result: Any) -> Any:
-        if card.forwards in card.spoiled:
+    def _after(self, network: Any, given: Any, result: Any) -> Any:
+        if self.forwards in self.spoiled:
             result = result.clone()
             result[0, 0, 5, 5, 5] = float("nan")
         return result
 
-    monkeypatch.setattr(torch.nn.Module, "to", to)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Example GPU")
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> FailingCard:
+    """Make torch and the driver tell of one card, which works until told otherwise."""
     monkeypatch.setattr(runtime, "_cuda_fault", lambda: None)
-    kept = torch.Tensor.to
-
-    def tensor_to(tensor: Any, device: Any, *options: Any, **more: Any) -> Any:
-        on_card = isinstance(device, torch.device) and device.type == "cuda"
-        return kept(tensor, "cpu" if on_card else device, *options, **more)
-
-    monkeypatch.setattr(torch.Tensor, "to", tensor_to)
-    return card
+    return FailingCard(monkeypatch)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -226,7 +218,7 @@ def test_where_the_cpu_fails_too_both_reasons_are_given() -> None:
         (RuntimeError(""), "cuda:0 failed: RuntimeError"),
     ],
 )
-def test_whatever_cuda_raises_is_a_device_error(card: Card, error: Exception, line: str) -> None:
+def test_whatever_cuda_raises_is_a_device_error(card: FailingCard, error: Exception, line: str) -> None:
     weights = Weights.find()
     card.loading = error
     with pytest.raises(DeviceError) as caught:
@@ -240,7 +232,7 @@ def test_whatever_cuda_raises_is_a_device_error(card: Card, error: Exception, li
     assert str(caught.value) == line
 
 
-def test_values_that_are_not_finite_are_a_device_error(card: Card) -> None:
+def test_values_that_are_not_finite_are_a_device_error(card: FailingCard) -> None:
     network = TorchRuntime("cuda:0").load(Weights.find(), "roi")
     card.spoiled.add(1)
     with pytest.raises(DeviceError, match=r"^cuda:0 failed: the roi network gave values that are not finite\Z"):
@@ -248,7 +240,7 @@ def test_values_that_are_not_finite_are_a_device_error(card: Card) -> None:
     assert np.isfinite(network(ROI_INPUT)).all()
 
 
-def test_a_driver_older_than_the_build_is_named(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_older_than_the_build_is_named(card: FailingCard, monkeypatch: pytest.MonkeyPatch) -> None:
     def is_available() -> bool:
         warnings.warn(OLD_DRIVER, UserWarning, stacklevel=1)
         return False
@@ -330,7 +322,7 @@ def predict(places: tuple[Path, Path, Path], *options: str) -> tuple[int, Any]:
 
 
 def test_a_full_card_at_the_start_leaves_the_batch_to_the_cpu(
-    card: Card, places: tuple[Path, Path, Path], expected: NDArray[np.uint8], capsys: pytest.CaptureFixture[str]
+    card: FailingCard, places: tuple[Path, Path, Path], expected: NDArray[np.uint8], capsys: pytest.CaptureFixture[str]
 ) -> None:
     card.loading = torch.cuda.OutOfMemoryError(OUT_OF_MEMORY)
     code, report = predict(places)
@@ -347,7 +339,7 @@ def test_a_full_card_at_the_start_leaves_the_batch_to_the_cpu(
 
 @pytest.mark.parametrize("forward", [3, 4])
 def test_a_fault_in_the_middle_of_a_batch_costs_no_case_and_no_label(
-    card: Card,
+    card: FailingCard,
     places: tuple[Path, Path, Path],
     expected: NDArray[np.uint8],
     capsys: pytest.CaptureFixture[str],
@@ -372,7 +364,7 @@ def test_a_fault_in_the_middle_of_a_batch_costs_no_case_and_no_label(
 
 
 def test_under_an_explicit_cuda_a_fault_at_the_start_is_one_line(
-    card: Card, places: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+    card: FailingCard, places: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     card.loading = torch.cuda.OutOfMemoryError(OUT_OF_MEMORY)
     code, report = predict(places, "--device", "cuda")
@@ -383,7 +375,7 @@ def test_under_an_explicit_cuda_a_fault_at_the_start_is_one_line(
 
 
 def test_under_an_explicit_cuda_a_fault_in_the_middle_fails_that_case_alone(
-    card: Card, places: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
+    card: FailingCard, places: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     card.running[3] = torch.cuda.OutOfMemoryError(OUT_OF_MEMORY)
     code, report = predict(places, "--device", "cuda:0")
