@@ -302,10 +302,9 @@ def _export(weights: Weights, network: str, path: Path) -> None:
     import safetensors.torch
     import torch
 
-    from fastorgan.networks import DenseVNet, RoiUNet, SlimRoiUNet
+    from fastorgan.networks import build
 
-    kinds: dict[str, Any] = {"paper": RoiUNet, "slim": SlimRoiUNet, "densevnet": lambda: DenseVNet(drop=0.0)}
-    module = kinds[weights.variant(network)]()
+    module = build(network, weights.variant(network))
     module.load_state_dict(safetensors.torch.load(weights.read(network, ".safetensors")), strict=False)
     module.float().eval()
     x = torch.zeros(1, 1, *INPUT_SIZES[network])

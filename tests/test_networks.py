@@ -10,9 +10,10 @@ pytest.importorskip("torch")
 import torch
 from torch import Tensor, nn
 
-from fastorgan.networks import DenseVNet, RoiUNet, SlimRoiUNet
+from fastorgan.networks import DenseVNet, RoiUNet, SlimRoiUNet, build
 from fastorgan.networks.blocks import OWN_SHARE, CaseBatchNorm, ConvUnit, mac_count, parameter_count, upsample
 from fastorgan.networks.densevnet import STACK_UNITS, DenseStack
+from fastorgan.networks.guided import FLAT, guided_upsample
 from fastorgan.networks.roi import PAPER_WIDTHS
 from tests.synthetic_cache import one_thread
 
@@ -197,13 +198,15 @@ def test_the_roi_nets_keep_the_size(network: nn.Module) -> None:
     assert network.eval()(torch.zeros(1, 1, 16, 24, 32)).shape == (1, 1, 16, 24, 32)
 
 
-def test_half_logits_are_the_logits_before_the_last_enlargement() -> None:
+@pytest.mark.parametrize("variant", ["guided", "densevnet"])
+def test_half_logits_are_the_logits_before_the_last_enlargement(variant: str) -> None:
     torch.manual_seed(0)
-    network = DenseVNet().eval()
+    network = build("organs", variant).eval()
+    assert isinstance(network, DenseVNet)
     x = torch.randn(1, 1, 16, 24, 32)
     half = network.half_logits(x)
     assert half.shape == (1, 5, 8, 12, 16)
-    assert torch.equal(network(x), upsample(half))
+    assert torch.equal(network(x), guided_upsample(half, x) if variant == "guided" else upsample(half))
 
 
 def test_enlargement_keeps_voxel_centres() -> None:
@@ -211,6 +214,69 @@ def test_enlargement_keeps_voxel_centres() -> None:
     along = upsample(ramp)[0, 0, :, 1, 1]
     assert along.tolist() == [0.0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.0]
     assert upsample(ramp, 4).shape == (1, 1, 16, 8, 8)
+
+
+def test_where_the_image_is_flat_enlargement_is_linear() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 4, 5, 6)
+    torch.testing.assert_close(guided_upsample(logits, torch.full((2, 1, 8, 10, 12), 0.3)), upsample(logits))
+
+
+def along_z(values: list[float], across: int) -> Tensor:
+    """A volume (1, 1, len, across, across) that changes along z alone."""
+    return torch.tensor(values)[None, None, :, None, None].repeat(1, 1, 1, across, across)
+
+
+def test_the_slope_is_that_of_logits_over_the_image() -> None:
+    # Pairs of voxels whose means are -1, -1, 1 and 1.
+    image = along_z([-1.0, -1.0, -1.5, -0.5, 1.0, 1.0, 1.0, 1.0], 6)
+    logits = along_z([-3.0, -3.0, 3.0, 3.0], 3)
+    # Logits are three times the image. Three values of which one differs have a variance of 8/9; at the ends it is 0.
+    slope = 3 * (8 / 9) / (8 / 9 + FLAT)
+    found = guided_upsample(logits, image)[0, 0, :, 0, 0]
+    # Linearly the image of half the size would be -1, -1, -1, -0.5, 0.5, 1, 1, 1 there.
+    beyond = [0.0, 0.0, -0.5 * 0.75, 0.0, 0.5, 0.0, 0.0, 0.0]
+    linear = [-3.0, -3.0, -3.0, -1.5, 1.5, 3.0, 3.0, 3.0]
+    expected = [base + slope * share for base, share in zip(linear, beyond, strict=True)]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_a_border_goes_to_the_edge_in_the_image() -> None:
+    # The edge is one voxel above the middle of the logits' border, within a voxel of the smaller grid.
+    image = along_z([-0.4] * 9 + [0.4] * 7, 6)
+    logits = along_z([-4.0, -3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0], 3)
+    assert (upsample(logits)[0, 0, :, 0, 0] > 0).tolist() == [False] * 8 + [True] * 8
+    assert (guided_upsample(logits, image)[0, 0, :, 0, 0] > 0).tolist() == [False] * 9 + [True] * 7
+
+
+def test_guided_enlargement_is_linear_in_the_logits() -> None:
+    # So that what one organ gains at a border its neighbour loses, and a constant added to all classes changes nothing.
+    torch.manual_seed(0)
+    image = torch.rand(1, 1, 8, 8, 12) * 2 - 1
+    logits = torch.randn(1, 2, 4, 4, 6)
+    found = guided_upsample(logits, image)
+    torch.testing.assert_close(guided_upsample(2 * logits + 5, image), 2 * found + 5, rtol=1e-4, atol=1e-4)
+
+
+def test_guided_enlargement_has_full_precision_in_half_precision_networks() -> None:
+    torch.manual_seed(0)
+    logits, image = torch.randn(1, 5, 4, 4, 4).half(), torch.rand(1, 1, 8, 8, 8).half()
+    found = guided_upsample(logits, image)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, guided_upsample(logits.float(), image.float()))
+
+
+def test_guided_enlargement_can_be_trained_through() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(1, 2, 3, 4, 3, dtype=torch.float32, requires_grad=True)
+    image = torch.rand(1, 1, 6, 8, 6)
+    (slope,) = torch.autograd.grad(guided_upsample(logits, image)[0, 1, 2, 3, 4], logits)
+    nudge = torch.zeros_like(logits)
+    nudge[0, 1, 1, 1, 2] = 1e-2
+    with torch.no_grad():
+        change = (guided_upsample(logits + nudge, image) - guided_upsample(logits, image))[0, 1, 2, 3, 4]
+    assert float(slope[0, 1, 1, 1, 2]) == pytest.approx(float(change) / 1e-2, rel=1e-3)
+    assert not slope[0, 0].any()
 
 
 # Layers

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fastorgan import box
 from fastorgan.errors import WeightsError
-from fastorgan.networks import SlimRoiUNet
+from fastorgan.networks import SlimRoiUNet, build
 from fastorgan.networks.blocks import parameter_count
 from fastorgan.runtime import INPUT_SIZES, OpenVinoRuntime, Runtime, choose_runtime
 from fastorgan.weights import MANIFEST, Weights
@@ -28,7 +28,7 @@ from training import export as exporting
 from training.cases import DataError
 from training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from training.export import Blend, engine_difference, export
-from training.fit import Plan, Run, build
+from training.fit import Plan, Run
 from training.recipes import PRESETS
 from training.statistics import measure_statistics
 
@@ -53,7 +53,7 @@ def small() -> Iterator[None]:
 def checkpoint(folder: Path, network: str, variant: str = "slim", **changes: Any) -> Path:
     """A checkpoint of a network with the running statistics of a few batches, not those that it was born with."""
     torch.manual_seed(0)
-    module = build(network, variant, 0.0).train()
+    module = build(network, variant).train()
     for _ in range(3):
         module(torch.randn(1, 1, *SMALL))
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,7 +82,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def assert_engines_compute_what_was_trained(path: Path, weights: Weights, network: str, variant: str) -> None:
     x = smooth_input()
-    trained = build(network, variant, 0.0).eval()
+    trained = build(network, variant).eval()
     trained.load_state_dict(read_checkpoint(path, CPU)["export"])
     with torch.no_grad():
         expected = trained(torch.from_numpy(x)[None, None])[0].numpy()
@@ -154,9 +154,9 @@ def test_a_second_network_and_a_newer_one_join_the_first(released: Path, tmp_pat
     Run(Plan("organs", write_cache(tmp_path / "cache"), tmp_path / "organs", recipe, steps=3)).fit()
     export("organs", tmp_path / "organs" / CHECKPOINT, out, "1.1")
     both = Weights.find(out)
-    assert (both.version, both.variant("organs"), both.variant("roi")) == ("1.1", "densevnet", "slim")
+    assert (both.version, both.variant("organs"), both.variant("roi")) == ("1.1", "guided", "slim")
     assert {name: both.sha256[name] for name in first} == first
-    assert_engines_compute_what_was_trained(tmp_path / "organs" / CHECKPOINT, both, "organs", "slim")
+    assert_engines_compute_what_was_trained(tmp_path / "organs" / CHECKPOINT, both, "organs", "guided")
 
     for name in ("roi-int8.xml", "roi-int8.bin", "organs-int8.xml"):
         (out / name).touch()
@@ -164,7 +164,7 @@ def test_a_second_network_and_a_newer_one_join_the_first(released: Path, tmp_pat
     # What was made of the roi net before is not of this one.
     assert [path.name for path in out.glob("*-int8*")] == ["organs-int8.xml"]
     newer = Weights.find(out)
-    assert (newer.version, newer.variant("organs"), newer.variant("roi")) == ("2.0", "densevnet", "paper")
+    assert (newer.version, newer.variant("organs"), newer.variant("roi")) == ("2.0", "guided", "paper")
     assert all(newer.sha256[name] != first[name] for name in first)
     assert_engines_compute_what_was_trained(tmp_path / "roi" / CHECKPOINT, newer, "roi", "paper")
     assert max(engine_difference(newer, network) for network in ("roi", "organs")) < 0.01
@@ -178,7 +178,7 @@ def test_with_a_cache_the_statistics_are_of_the_scans_that_were_trained_on(relea
     before = safetensors.torch.load_file(released / "weights" / "roi.safetensors")
     trained = {key for key in before if "running" not in key}
     assert all(torch.equal(stored[key], before[key]) for key in trained)
-    network = build("roi", "slim", 0.0).eval()
+    network = build("roi", "slim").eval()
     network.load_state_dict(read_checkpoint(path, CPU)["export"])
     measure_statistics(network, "roi", SMALL, cache, ["p1"])
     for key in before.keys() - trained:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from fastorgan.errors import WeightsError
+from fastorgan.networks import build
 from fastorgan.runtime import INPUT_SIZES, INT8, OpenVinoRuntime, Runtime, choose_runtime
 from fastorgan.weights import MANIFEST, Weights
 
 from .checkpoint import read_checkpoint
-from .fit import build
 from .statistics import measure_statistics
 
 NETWORKS = ("roi", "organs")
@@ -88,7 +88,7 @@ def export(
     state = read_checkpoint(checkpoint, torch.device("cpu"))
     if state["kind"] != network:
         raise WeightsError(f"{checkpoint}: holds the {state['kind']} net, not the {network} net")
-    module = build(network, state["variant"], 0.0).eval()
+    module = build(network, state["variant"]).eval()
     trained = state["export"] if blend is None else blend.into(state["export"])
     size = INPUT_SIZES[network]
     module.load_state_dict(_rounded(trained))
@@ -110,7 +110,7 @@ def export(
         openvino.save_model(model, fresh / f"{network}.xml", compress_to_fp16=True)
         files = [f"{network}{suffix}" for suffix in SUFFIXES]
         manifest["networks"][network] = {
-            "variant": state["variant"] if network == "roi" else "densevnet",
+            "variant": state["variant"],
             "sha256": {name: sha256(fresh / name) for name in files},
         }
         difference = engine_difference(Weights(fresh, manifest), network)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastorgan.errors import FastorganError
 from fastorgan.labels import ORGANS
-from fastorgan.networks import DenseVNet, RoiUNet, SlimRoiUNet
+from fastorgan.networks import DenseVNet, build
 from fastorgan.runtime import TorchRuntime, resolve_device
 
 from .cache import load_cache
@@ -101,13 +101,6 @@ class Plan:
             raise PlanError(f"size {shown}: sides must be multiples of {SIDE_STEP}, from {LEAST_SIDE}")
 
 
-def build(network: str, variant: str, drop: float) -> nn.Module:
-    """The torch module that a plan trains."""
-    if network == "organs":
-        return DenseVNet(drop=drop)
-    return RoiUNet() if variant == "paper" else SlimRoiUNet()
-
-
 class Average:
     """Exponential moving average of a network's parameters and running statistics (Polyak)."""
 
@@ -153,7 +146,10 @@ class Run:
             train += [v for v in load_cache(plan.warped, plan.network) if v.patient not in left_out]
         self.train = [Scan.to_device(v, self.device) for v in train]
         self.held_out = [Scan.to_device(v, self.device) for v in volumes if v.patient in left_out]
-        self.network = build(plan.network, plan.variant, plan.recipe.drop).to(self.device)
+        self.variant = plan.variant
+        if plan.network == "organs":
+            self.variant = "guided" if plan.recipe.guided else "densevnet"
+        self.network = build(plan.network, self.variant, plan.recipe.drop).to(self.device)
         # What is trained: the network alone, or with a head that stays behind.
         self.model = self.network
         structures = plan.recipe.structures > 0 and any(volume.has_structures for volume in train)
@@ -241,7 +237,7 @@ class Run:
 
         Each process takes its part of the patients.
         """
-        network = build(self.plan.network, self.plan.variant, 0.0).to(self.device)
+        network = build(self.plan.network, self.variant).to(self.device)
         network.load_state_dict(self.exported())
         network.eval().to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         scores: dict[str, list[float]] = {}
@@ -343,7 +339,7 @@ class Run:
             **chance[0],
             "other_ranks": chance[1:],
             "recipe": {**dataclasses.asdict(self.plan.recipe)},
-            "variant": self.plan.variant,
+            "variant": self.variant,
             "kind": self.plan.network,
             "left_out": self.left_out,
         }
@@ -371,7 +367,7 @@ class Run:
             raise DataError(f"{path}: holds the weights of another network")
 
     def _is_same_network(self, state: dict[str, Any]) -> bool:
-        # Only the ROI net has variants.
+        # Those of the organ net have the same weights.
         same_variant = self.plan.network != "roi" or state["variant"] == self.plan.variant
         return bool(state["kind"] == self.plan.network) and same_variant
 

@@ -69,6 +69,7 @@ class Recipe:
         rate: initial learning rate, reduced by (1 - progress) ** 0.9 (poly decay).
         loss: "focal" or "entropy+dice".
         drop: dropout rate.
+        guided: whether the image guides the enlargement of the organs' logits (`fastorgan.networks.guided`).
         size: samples (z, y, x) that the network trains at.
         augment: "torch" (on the training device, `sampling`), or "batchgenerators" (the paper's three kinds).
         warm_up: steps over which the rate rises from zero.
@@ -84,6 +85,7 @@ class Recipe:
     rate: float
     loss: str
     drop: float
+    guided: bool
     size: tuple[int, int, int]
     augment: str
     warm_up: int
@@ -97,8 +99,10 @@ class Recipe:
 
 PRESETS = {
     # He & Luo, table 3: SGD 0.01, poly decay 0.9, focal loss, 600 epochs, batch 1, rotation, scaling and noise.
-    "paper": Recipe("sgd", 0.01, "focal", 0.5, CROP_SIZE, "batchgenerators", 0, 0.0, epochs=600),
-    "light": Recipe("muon", 2e-3, "entropy+dice", 0.0, CROP_SIZE, "torch", 100, 0.998, steps=12000, structures=0.3),
+    "paper": Recipe("sgd", 0.01, "focal", 0.5, False, CROP_SIZE, "batchgenerators", 0, 0.0, epochs=600),
+    "light": Recipe(
+        "muon", 2e-3, "entropy+dice", 0.0, True, CROP_SIZE, "torch", 100, 0.998, steps=12000, structures=0.3
+    ),
 }
 """By name; `light` is what ships. The ROI net takes its size from `ROI_SIZE` under either."""
 

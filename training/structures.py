@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastorgan.labels import CLASSES, IGNORE
 from fastorgan.networks import DenseVNet
+from fastorgan.networks.guided import guided_upsample
 from fastorgan.resample import axis_weights
 
 from .cache import STRUCTURES
@@ -35,7 +36,8 @@ class TwoHeads(nn.Module):
         assert structures.bias is not None
         weight, bias = torch.cat((organs.weight, structures.weight)), torch.cat((organs.bias, structures.bias))
         both = nn.functional.conv3d(self.network.features(x), weight, bias, padding=1)
-        return enlarge(both[:, : organs.out_channels]), both[:, organs.out_channels :]
+        logits, further = both[:, : organs.out_channels], both[:, organs.out_channels :]
+        return guided_upsample(logits, x, enlarge) if self.network.guided else enlarge(logits), further
 
 
 def enlarge(logits: Tensor) -> Tensor:

@@ -284,13 +284,10 @@ class TorchRuntime:
         """Build a network and fill it from its .safetensors file."""
         import safetensors.torch
 
-        from .networks import DenseVNet, RoiUNet, SlimRoiUNet
+        from .networks import build
 
         torch = self._torch
-        if network == "organs":
-            module: Any = DenseVNet(drop=0.0)
-        else:
-            module = RoiUNet() if weights.variant(network) == "paper" else SlimRoiUNet()
+        module: Any = build(network, weights.variant(network))
         state = safetensors.torch.load(weights.read(network, ".safetensors"))
         # Batch norm's step counters are not stored: inference does not need them.
         missing, strange = module.load_state_dict(state, strict=False)

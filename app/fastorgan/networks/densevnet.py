@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from ..labels import CLASSES
 from .blocks import CaseBatchNorm, ConvUnit, initialise, upsample
+from .guided import guided_upsample
 
 STACK_UNITS = (5, 10, 10)
 STACK_GROWTH = (4, 8, 16)
@@ -47,10 +48,12 @@ class DenseVNet(nn.Module):
     Args:
         classes: output channels; the first is background.
         drop: dropout rate in training; the paper has 0.5.
+        guided: whether the image guides the last enlargement of the logits; in the paper it is linear.
     """
 
-    def __init__(self, classes: int = CLASSES, drop: float = 0.5) -> None:
+    def __init__(self, classes: int = CLASSES, drop: float = 0.5, *, guided: bool = True) -> None:
         super().__init__()
+        self.guided = guided
         self.pool = nn.AvgPool3d(3, stride=2, padding=1, count_include_pad=False)
         self.image_norm = CaseBatchNorm(1)
         self.stem = OrganUnit(1, STEM_CHANNELS, kernel=5, stride=2, relu=False)
@@ -70,7 +73,8 @@ class DenseVNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the logits; see the class for shapes."""
-        return upsample(self.half_logits(x))
+        logits = self.half_logits(x)
+        return guided_upsample(logits, x) if self.guided else upsample(logits)
 
     def half_logits(self, x: Tensor) -> Tensor:
         """Logits at half the input's size, before the last linear enlargement: (N, classes, D/2, H/2, W/2)."""
