@@ -21,6 +21,9 @@ from fastorgan.weights import MANIFEST, Weights
 
 from .export import sha256
 
+COMPUTED = ("Convolution", "AvgPool", "Interpolate", "Multiply", "Add", "Subtract", "Divide")
+"""OpenVINO's names of operations that could be in eight bits."""
+
 
 class QuantiseError(FastorganError):
     """The networks cannot be rounded to eight bits."""
@@ -29,7 +32,8 @@ class QuantiseError(FastorganError):
 def quantise(weights: Weights, scans: Sequence[Path]) -> None:
     """Add to a release its OpenVINO networks with products in eight bits, and name them in its manifest.
 
-    The first convolution, which sees the scan itself, and the last, which decides, stay in floats.
+    The first convolution, which sees the scan itself, and the last, which decides, stay in floats, as does what is made
+    of its logits (`fastorgan.networks.guided`).
 
     Args:
         weights: the release.
@@ -63,12 +67,14 @@ def quantise(weights: Weights, scans: Sequence[Path]) -> None:
 
 
 def _ends(model: Any) -> list[str]:
-    """Names of the convolutions that have one channel to read or as few to write as there are classes."""
+    """Names of the operations that make one channel, or as many as there are classes, and of convolutions of one."""
     names = []
     for operation in model.get_ordered_ops():
-        if operation.get_type_name() == "Convolution":
-            inputs, outputs = operation.input(0).get_partial_shape(), operation.output(0).get_partial_shape()
-            if inputs[1].get_length() == 1 or outputs[1].get_length() in (1, CLASSES):
+        kind = operation.get_type_name()
+        if kind in COMPUTED:
+            read, made = (node.get_partial_shape() for node in (operation.input(0), operation.output(0)))
+            scan = kind == "Convolution" and read[1].get_length() == 1
+            if scan or (len(made) == 5 and made[1].get_length() in (1, CLASSES)):
                 names.append(operation.get_friendly_name())
     return names
 
