@@ -612,6 +612,17 @@ def test_a_new_run_starts_from_released_weights(tmp_path: Path, cache: Path) -> 
 # Presets and networks
 
 
+@pytest.mark.parametrize(("recipe", "variant"), [(LIGHT, "guided"), (replace(PAPER, augment="torch"), "densevnet")])
+def test_a_run_says_whether_the_image_guides_its_logits(
+    cache: Path, tmp_path: Path, recipe: Recipe, variant: str
+) -> None:
+    run = Run(organs(cache, tmp_path, recipe, steps=1))
+    assert isinstance(run.network, DenseVNet)
+    assert run.network.guided == recipe.guided == (variant == "guided")
+    run.fit()
+    assert read_checkpoint(tmp_path / CHECKPOINT, CPU)["variant"] == variant
+
+
 def test_the_papers_preset_is_the_papers_table() -> None:
     paper = PRESETS["paper"]
     assert (paper.optimiser, paper.rate, paper.epochs, paper.loss) == ("sgd", 0.01, 600, "focal")
