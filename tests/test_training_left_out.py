@@ -32,9 +32,10 @@ def few_threads() -> Iterator[None]:
 def write_run(folder: Path, **changes: Any) -> Path:
     """A run whose network is the released one."""
     network = DenseVNet(drop=0.0)
-    network.load_state_dict(safetensors.torch.load(Weights.find().read("organs", ".safetensors")), strict=False)
+    released = Weights.find()
+    network.load_state_dict(safetensors.torch.load(released.read("organs", ".safetensors")), strict=False)
     folder.mkdir()
-    state = {"kind": "organs", "variant": "slim", "export": network.state_dict(), "left_out": ["b"]}
+    state = {"kind": "organs", "variant": released.variant("organs"), "export": network.state_dict(), "left_out": ["b"]}
     write_checkpoint({**state, **changes}, folder / CHECKPOINT)
     return folder
 
