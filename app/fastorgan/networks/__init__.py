@@ -14,7 +14,7 @@ def build(network: str, variant: str, drop: float = 0.0) -> nn.Module:
     Args:
         network: "organs" or "roi".
         variant: of the ROI net "slim" or "paper"; of the organ net "guided", whose last enlargement the image guides,
-            or "densevnet", the paper's. Of any other name is the second of each.
+            or "densevnet", the paper's. Any other name makes the slim one, and the paper's organ net.
         drop: dropout rate of the organ net.
     """
     if network == "organs":

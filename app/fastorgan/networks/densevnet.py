@@ -77,7 +77,7 @@ class DenseVNet(nn.Module):
         return guided_upsample(logits, x) if self.guided else upsample(logits)
 
     def half_logits(self, x: Tensor) -> Tensor:
-        """Logits at half the input's size, before the last linear enlargement: (N, classes, D/2, H/2, W/2)."""
+        """Logits at half the input's size, before the last enlargement: (N, classes, D/2, H/2, W/2)."""
         logits: Tensor = self.classify(self.features(x))
         return logits
 
