@@ -87,10 +87,15 @@ def test_a_turned_grid_does_not_matter(
 
 
 def test_a_tilted_grid_does_not_matter_to_whole_organs(cascade: Cascade) -> None:
-    # The sample's kidneys are cut by the scan's end; the phantom shows its organs whole.
-    image, truth = make_phantom()
-    labels = np.asarray(cascade.segment(image).dataobj)
-    assert_rotation_does_not_matter(cascade, image, np.asarray(truth.dataobj), labels, (15, 10, 40))
+    # The sample's kidneys are cut by the scan's end; the phantom shows its organs whole. Both grids are sampled from
+    # one twice as fine: sampled from a scan of its own spacing, a grid is blurred wherever it lies, and borders suffer.
+    image, truth = make_phantom((512, 512, 240), (0.75, 0.75, 1.25))
+    found = []
+    for degrees in ((0, 0, 0), (15, 10, 40)):
+        scan, sample_labels = rotate_grid(image, degrees, coarser=2)
+        found.append(scores(np.asarray(cascade.segment(scan).dataobj), sample_labels(np.asarray(truth.dataobj))))
+    straight, tilted = found
+    assert tilted == pytest.approx(straight, abs=0.005)
 
 
 def assert_rotation_does_not_matter(
@@ -108,15 +113,17 @@ def assert_rotation_does_not_matter(
 
 
 def rotate_grid(
-    image: nib.Nifti1Image, degrees: tuple[float, float, float]
+    image: nib.Nifti1Image, degrees: tuple[float, float, float], coarser: int = 1
 ) -> tuple[nib.Nifti1Image, Callable[[Labels], Labels]]:
     """Sample the same patient on a grid turned about the scan's centre, large enough to lose none of it.
+
+    Voxels are `coarser` times as long as the scan's.
 
     Returns the turned CT, and a function that samples label arrays on its grid.
     """
     about_x, about_y, about_z = np.radians(degrees)
     turn = nib.eulerangles.euler2mat(about_z, about_y, about_x)
-    spacing = nib.affines.voxel_sizes(image.affine)
+    spacing = coarser * nib.affines.voxel_sizes(image.affine)
     last = np.array(image.shape) - 1
     centre = (image.affine @ [*last / 2, 1])[:3]
     corners = np.array([[i, j, k, 1] for i in (0, last[0]) for j in (0, last[1]) for k in (0, last[2])])
