@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -509,10 +509,16 @@ def test_another_networks_run_is_not_resumed(cache: Path, tmp_path: Path) -> Non
 
 
 def test_another_variants_run_is_not_resumed(cache: Path, tmp_path: Path) -> None:
-    state = {"kind": "roi", "variant": "slim", "export": {}}
+    state = {"kind": "roi", "variant": "slim", "export": {}, "recipe": asdict(LIGHT)}
     write_checkpoint(state, tmp_path / CHECKPOINT)
     with pytest.raises(DataError, match="another network"):
         Run(Plan("roi", cache, tmp_path, LIGHT, variant="paper", steps=1))
+
+
+def test_a_run_whose_logits_were_enlarged_otherwise_is_not_resumed(cache: Path, tmp_path: Path) -> None:
+    Run(organs(cache, tmp_path, replace(LIGHT, guided=False), steps=1)).fit()
+    with pytest.raises(DataError, match="another network"):
+        Run(organs(cache, tmp_path, LIGHT, steps=1))
 
 
 def test_another_presets_run_is_not_resumed(cache: Path, tmp_path: Path) -> None:

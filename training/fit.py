@@ -373,10 +373,10 @@ class Run:
 
     def _resume(self) -> None:
         state = read_checkpoint(self.plan.out / CHECKPOINT, self.device)
-        if not self._is_same_network(state):
-            raise DataError(f"{self.plan.out}: holds a run of another network; choose another --out")
         if state["recipe"]["optimiser"] != self.plan.recipe.optimiser:
             raise DataError(f"{self.plan.out}: holds a run of another preset; choose another --out")
+        if (state["kind"], state["variant"]) != (self.plan.network, self.variant):
+            raise DataError(f"{self.plan.out}: holds a run of another network; choose another --out")
         if state["network"].keys() != self.model.state_dict().keys():
             raise DataError(f"{self.plan.out}: holds a run with other heads; choose another --out")
         if any(index >= len(self.train) for index in state["order"]):
