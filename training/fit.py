@@ -6,7 +6,6 @@ import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -350,7 +349,8 @@ class Run:
             self._take_released_weights(checkpoint)
             return
         state = read_checkpoint(checkpoint, self.device)
-        if not self._is_same_network(state):
+        # The organ net's variants have the same weights.
+        if state["kind"] != self.plan.network or (self.plan.network == "roi" and state["variant"] != self.variant):
             raise DataError(f"{checkpoint}: holds the weights of another network")
         self.network.load_state_dict(state["export"])
 
@@ -365,11 +365,6 @@ class Run:
         # Batch norm's step counters are not released.
         if strange or any(not name.endswith("num_batches_tracked") for name in missing):
             raise DataError(f"{path}: holds the weights of another network")
-
-    def _is_same_network(self, state: dict[str, Any]) -> bool:
-        # Those of the organ net have the same weights.
-        same_variant = self.plan.network != "roi" or state["variant"] == self.plan.variant
-        return bool(state["kind"] == self.plan.network) and same_variant
 
     def _resume(self) -> None:
         state = read_checkpoint(self.plan.out / CHECKPOINT, self.device)
