@@ -29,8 +29,8 @@ from training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
 from training.fit import Average, DivergedError, Plan, PlanError, Run, bf16_pays
 from training.log import LOG
 from training.progress import Progress
-from training.recipes import PRESETS, Recipe
-from training.sampling import Scan
+from training.recipes import GENTLE, PRESETS, Recipe
+from training.sampling import OrganSampler, Scan
 
 RELEASED = Path(__file__).parents[1] / "weights"
 
@@ -627,6 +627,19 @@ def test_a_run_says_whether_the_image_guides_its_logits(
     assert run.network.guided == recipe.guided == (variant == "guided")
     run.fit()
     assert read_checkpoint(tmp_path / CHECKPOINT, CPU)["variant"] == variant
+
+
+def test_a_gentle_end_goes_on_from_a_light_run(marked_cache: Path, tmp_path: Path) -> None:
+    begun = Run(organs(marked_cache, tmp_path / "begun", steps=1))
+    begun.fit()
+    gentle = replace(PRESETS["gentle"], size=LIGHT.size)
+    run = Run(organs(marked_cache, tmp_path / "ended", gentle, init=tmp_path / "begun" / CHECKPOINT))
+    assert_same(dict(run.network.state_dict()), begun.average.state)
+    assert (run.steps, run.minutes) == (400, None)
+    assert begun.model is not begun.network
+    assert run.model is run.network
+    assert isinstance(run.sampler, OrganSampler)
+    assert run.sampler.augmentation == GENTLE
 
 
 def test_the_papers_preset_is_the_papers_table() -> None:

@@ -90,7 +90,13 @@ that are there already are kept.""",
     fit.add_argument("network", choices=("roi", "organs"))
     fit.add_argument("--data", type=Path, required=True, help="cache folder")
     fit.add_argument("--out", type=Path, required=True, help="folder of this run's checkpoint and log")
-    fit.add_argument("--preset", choices=sorted(PRESETS), default="light", help="of the recipe (default: light)")
+    fit.add_argument(
+        "--preset",
+        choices=sorted(PRESETS),
+        default="light",
+        help="paper: as He and Luo did; light (default): what ships; gentle: a short end of it, from --init, on scans "
+        "that are disturbed less",
+    )
     fit.add_argument("--variant", choices=("slim", "paper"), default="slim", help="of the ROI net (default: slim)")
     fit.add_argument(
         "--size", type=_count, nargs=3, metavar=("Z", "Y", "X"), help="samples of the organ net's crop, multiples of 8"
