@@ -1,4 +1,4 @@
-"""How each network is trained: the paper's preset and the one that ships."""
+"""How each network is trained: the paper's preset, the one that ships, and a short end of it."""
 
 from dataclasses import dataclass, field, replace
 
