@@ -30,7 +30,7 @@ from training.fit import Average, DivergedError, Plan, PlanError, Run, bf16_pays
 from training.log import LOG
 from training.progress import Progress
 from training.recipes import GENTLE, PRESETS, Recipe
-from training.sampling import OrganSampler, Scan
+from training.sampling import MixedSampler, OrganSampler, Scan
 
 RELEASED = Path(__file__).parents[1] / "weights"
 
@@ -640,6 +640,20 @@ def test_a_gentle_end_goes_on_from_a_light_run(marked_cache: Path, tmp_path: Pat
     assert run.model is run.network
     assert isinstance(run.sampler, OrganSampler)
     assert run.sampler.augmentation == GENTLE
+
+
+def test_half_the_samples_of_a_mixed_end_are_gentle(marked_cache: Path, tmp_path: Path) -> None:
+    mixed = replace(PRESETS["mixed"], size=LIGHT.size)
+    run = Run(organs(marked_cache, tmp_path, mixed, steps=2))
+    assert isinstance(run.sampler, MixedSampler)
+    assert run.sampler.share == 0.5
+    strong, gentle = run.sampler.first, run.sampler.second
+    assert isinstance(strong, OrganSampler)
+    assert isinstance(gentle, OrganSampler)
+    assert (strong.augmentation, gentle.augmentation) == (LIGHT.augmentation, GENTLE)
+    assert (strong.size, gentle.size) == (LIGHT.size, LIGHT.size)
+    run.fit()
+    assert all(bool(value.isfinite().all()) for value in read_checkpoint(tmp_path / CHECKPOINT, CPU)["export"].values())
 
 
 def test_the_papers_preset_is_the_papers_table() -> None:

@@ -25,7 +25,17 @@ from tests.synthetic_cache import anatomy, as_roi, cached, one_thread
 from training.cache import CachedVolume, cache_case
 from training.cases import Case
 from training.recipes import Augmentation
-from training.sampling import Ends, OrganSampler, RoiSampler, Scan, centred, recolour, rotation, smooth_enlarge
+from training.sampling import (
+    Ends,
+    MixedSampler,
+    OrganSampler,
+    RoiSampler,
+    Scan,
+    centred,
+    recolour,
+    rotation,
+    smooth_enlarge,
+)
 
 SMALL = (24, 32, 48)
 CPU = torch.device("cpu")
@@ -146,6 +156,16 @@ def test_an_augmentation_of_nothing_changes_nothing() -> None:
     still_image, still_codes = OrganSampler(SMALL, STILL, np.random.default_rng(0)).draw(scan)
     assert torch.allclose(image, still_image, atol=1e-5)
     assert float((codes != still_codes).float().mean()) < 1e-3
+
+
+@pytest.mark.parametrize(("share", "least", "most"), [(0.0, 0, 0), (0.25, 10, 30), (1.0, 80, 80)])
+def test_mixed_samples_come_from_either_sampler_by_chance(share: float, least: int, most: int) -> None:
+    scan = scan_of(cached(anatomy((30, 40, 60)), (7.0, 7.0, 7.0)))
+    first, second = (OrganSampler(size, None, np.random.default_rng(0)) for size in ((8, 8, 8), (8, 8, 16)))
+    mixed = MixedSampler(first, second, share, np.random.default_rng(0))
+    shapes = [tuple(mixed.draw(scan)[0].shape[2:]) for _ in range(80)]
+    assert set(shapes) <= {(8, 8, 8), (8, 8, 16)}
+    assert least <= shapes.count((8, 8, 8)) <= most
 
 
 # Labels go with the image

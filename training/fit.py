@@ -24,8 +24,8 @@ from .losses import entropy_and_dice, focal, foreground_loss
 from .narrow_gradients import narrow_gradients
 from .optimisers import make_optimiser, set_rate
 from .progress import Progress
-from .recipes import Recipe, sized
-from .sampling import Sampler, Scan, make_sampler
+from .recipes import GENTLE, Recipe, sized
+from .sampling import MixedSampler, Sampler, Scan, make_sampler
 from .stopping import StopRequest
 from .structures import TwoHeads, split_codes, structures_loss
 from .world import ALONE, World
@@ -314,7 +314,11 @@ class Run:
                 return PaperSampler(self.size, self.random)
             except ImportError as error:
                 raise PlanError("this preset needs batchgenerators: pip install 'fastorgan[train]'") from error
-        return make_sampler(self.plan.network, self.size, recipe.augmentation, self.random)
+        sampler = make_sampler(self.plan.network, self.size, recipe.augmentation, self.random)
+        if not recipe.gently:
+            return sampler
+        gentle = make_sampler(self.plan.network, self.size, GENTLE, self.random)
+        return MixedSampler(sampler, gentle, 1.0 - recipe.gently, self.random)
 
     def _length(self) -> tuple[int | None, float | None]:
         if self.plan.steps is not None or self.plan.minutes is not None:

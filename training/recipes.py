@@ -1,4 +1,4 @@
-"""How each network is trained: the paper's preset, the one that ships, and a short end of it."""
+"""How each network is trained: the paper's preset, the one that ships, and two ends of it."""
 
 from dataclasses import dataclass, field, replace
 
@@ -79,6 +79,7 @@ class Recipe:
         structures: weight of the loss of further organs, where the cache has them (`training.structures`); 0 leaves
             them out.
         augmentation: strengths for augment="torch".
+        gently: share of the samples that `GENTLE` takes the place of `augmentation` for.
     """
 
     optimiser: str
@@ -95,6 +96,7 @@ class Recipe:
     weight_decay: float = 1e-4
     structures: float = 0.0
     augmentation: Augmentation = field(default_factory=Augmentation)
+    gently: float = 0.0
 
 
 LIGHT = Recipe("muon", 2e-3, "entropy+dice", 0.0, True, CROP_SIZE, "torch", 100, 0.998, steps=12000, structures=0.3)
@@ -104,8 +106,10 @@ PRESETS = {
     # He & Luo, table 3: SGD 0.01, poly decay 0.9, focal loss, 600 epochs, batch 1, rotation, scaling and noise.
     "paper": Recipe("sgd", 0.01, "focal", 0.5, False, CROP_SIZE, "batchgenerators", 0, 0.0, epochs=600),
     "light": LIGHT,
-    # A short end, to be averaged with the run that it starts from. Too short to train the further organs' head anew.
+    # Ends of a run, to be averaged with each other or with what they go on from. Too short to train the further
+    # organs' head anew.
     "gentle": replace(LIGHT, rate=8e-4, steps=400, structures=0.0, augmentation=GENTLE),
+    "mixed": replace(LIGHT, rate=1.2e-3, steps=1750, structures=0.0, gently=0.5),
 }
 """By name; the ROI net takes its size from `ROI_SIZE` under any."""
 

@@ -261,6 +261,20 @@ class RoiSampler:
         return both[:, :1], both[:, 1:]
 
 
+class MixedSampler:
+    """Each sample from one of two samplers: from `first` with the chance `share`, else from `second`."""
+
+    def __init__(self, first: Sampler, second: Sampler, share: float, generator: np.random.Generator):
+        self.first = first
+        self.second = second
+        self.share = share
+        self.random = generator
+
+    def draw(self, scan: Scan) -> tuple[Tensor, Tensor]:
+        """One sample of `scan`."""
+        return (self.first if self.random.random() < self.share else self.second).draw(scan)
+
+
 def make_sampler(
     network: str, size: tuple[int, int, int], augmentation: Augmentation | None, generator: np.random.Generator
 ) -> Sampler:
