@@ -1,3 +1,4 @@
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,18 @@ def test_a_line_goes_out_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     say("one")
     say("two", sys.stderr)
     assert capsys.readouterr() == ("one\n", "two\n")
+
+
+def test_nothing_comes_between_a_line_and_its_end() -> None:
+    pieces = []
+
+    class Stream(io.StringIO):
+        def write(self, text: str) -> int:
+            pieces.append(text)
+            return super().write(text)
+
+    say("a\nb", Stream())
+    assert pieces == ["a\\nb\n"]
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:

@@ -17,7 +17,9 @@ def say(text: str, stream: TextIO | None = None) -> None:
     """
     stream = stream or sys.stdout
     try:
-        print(printable(text), file=stream, flush=True)
+        # In one piece, which `print` does not do: a signal or another thread may come before the line's end.
+        stream.write(f"{printable(text)}\n")
+        stream.flush()
     except OSError:
         # Python would try to write the rest when it ends, and fail again. Tests put streams without a number here.
         try:
