@@ -3,15 +3,14 @@
 import argparse
 import math
 import shlex
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fastorgan.errors import FastorganError
 from fastorgan.labels import ORGANS, Organ
+from fastorgan.signals import Terminated, terminable
 
 from . import accuracy, doubts, efficiency, overlays, performance, ranking, sample, soak, timing
 
@@ -45,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FastorganError as error:
         _complain(error)
         return FAILED
+    except Terminated as error:
+        return error.code
     return code
 
 
@@ -282,7 +283,7 @@ def _time(args: argparse.Namespace) -> int:
     print(f"GPU {card.gpu}: {card.name}" if card.reason is None else f"GPU columns are 0: {card.reason}")
     print(table.header(), flush=True)
     runs = []
-    with _terminable():
+    with terminable():
         for run in timing.time_cases(bench, sources, args.outputs):
             runs.append(run)
             if run.ran:
@@ -294,16 +295,6 @@ def _time(args: argparse.Namespace) -> int:
         print(table.mean(measured))
     print(f"readings, plots and CSV files: {args.outputs / timing.FOLDER}")
     return FAILED if any(run.problems for run in runs) else 0
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the stack as Ctrl-C does, so that no container is left running."""
-    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 def _gpu(text: str) -> int | Literal["auto", "none"]:

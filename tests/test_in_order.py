@@ -1,7 +1,11 @@
 """`fastorgan.in_order`."""
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -97,7 +101,7 @@ def test_leaving_early_waits_for_what_is_under_way_and_begins_no_more() -> None:
     assert ended == [0]
 
 
-def test_what_ended_but_was_not_yielded_is_left() -> None:
+def test_what_ended_is_there_after_the_block_in_order_yielded_or_not() -> None:
     begun = threading.Event()
 
     def work(item: int) -> int:
@@ -117,4 +121,48 @@ def test_what_ended_but_was_not_yielded_is_left() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         look_once()
-    assert results.left() in ([1, 2], [1])
+    assert results.ended() in ([0, 1, 2], [0, 1])
+
+
+# SIGTERM at the N-th moment at which the main thread has a lock and is not yet in the block that gives it back.
+LOCKS = """
+import faulthandler, signal, sys, threading
+
+from fastorgan.in_order import InOrder
+from fastorgan.signals import Terminated, terminable
+
+faulthandler.dump_traceback_later(30, exit=True)
+enter, count = threading.Condition.__enter__, 0
+
+
+def enter_and_hear(condition):
+    global count
+    held = enter(condition)
+    if threading.get_ident() == threading.main_thread().ident:
+        count += 1
+        if count == moment:
+            signal.raise_signal(signal.SIGTERM)
+    return held
+
+
+threading.Condition.__enter__ = enter_and_hear
+for moment in range(1, 40):
+    count = 0
+    try:
+        with terminable(), InOrder(threading.Event().wait, [0.01] * 4, 2) as results:
+            assert list(results) == [False] * 4
+    except Terminated:
+        pass
+    if count < moment:
+        break
+print(moment)
+"""
+
+
+def test_a_signal_beside_a_lock_hangs_no_thread() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "app")}
+    run = [sys.executable, "-c", LOCKS]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stderr
+    # All moments that there are were tried, and there are some.
+    assert 1 < int(done.stdout) < 39

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,24 @@ Cascade.load = lambda *_, **__: known
 sys.exit(main(sys.argv[1:]))
 """
 
+# The same where the first cases wait for the networks, and SIGTERM comes when these are there but nobody has been told.
+UNTOLD = """
+import signal
+import threading
+import time
+
+notify, signals = threading.Condition.notify, [signal.SIGTERM]
+
+
+def hear_and_notify(condition, n=1):
+    if condition._waiters and threading.current_thread() is threading.main_thread() and signals:
+        signal.raise_signal(signals.pop())
+    notify(condition, n)
+
+
+threading.Condition.notify = hear_and_notify
+""" + FAKE.replace("lambda *_, **__: known", "lambda *_, **__: (time.sleep(1), known)[1]")
+
 REAL = "import sys; from fastorgan.__main__ import main; sys.exit(main(sys.argv[1:]))"
 
 
@@ -78,13 +96,15 @@ class Batch:
         arguments = ["predict", str(self.folder / "in"), str(out), "--device", "cpu", *options]
         arguments += ["--report", str(out.with_suffix(".json"))]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "app"), str(ROOT)])}
+        # A process that hangs is told to abort, and says where its threads are.
+        environment["PYTHONFAULTHANDLER"] = "1"
         command = [sys.executable, "-c", HEAR + self.code, *arguments]
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     def finish(self, out: Path, *options: str) -> dict[str, Any]:
         """Run to the end; returns the report."""
         with self.start(out, *options) as process:
-            _, errors = process.communicate(timeout=300)
+            _, errors = ended(process, 300)
         assert process.returncode == 0, errors
         report: dict[str, Any] = json.loads(out.with_suffix(".json").read_text(encoding="ascii"))
         return report
@@ -107,12 +127,22 @@ def make_batch(folder: Path, code: str) -> Batch:
     batch = Batch(folder, code)
     with batch.start(folder / "uninterrupted") as process:
         begun = _wait_for(folder / "uninterrupted.json", process)
-        process.communicate(timeout=300)
+        ended(process, 300)
         batch.seconds = time.monotonic() - begun
     assert process.returncode == 0
     batch.whole = unpacked(folder / "uninterrupted")
     assert sorted(batch.whole) == [f"{case}.nii.gz" for case in CASES]
     return batch
+
+
+def ended(process: "subprocess.Popen[str]", seconds: float = 60) -> tuple[str, str]:
+    """What a process wrote until its end; one that hangs fails the test and shows where its threads are."""
+    try:
+        return process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        _, errors = process.communicate()
+        raise AssertionError(f"no end after {seconds} s: {errors}") from None
 
 
 def unpacked(folder: Path) -> dict[str, bytes]:
@@ -146,7 +176,7 @@ def interrupt(batch: Batch, number: int, part: float, name: str) -> bool:
             batch.seconds = min(batch.seconds, time.monotonic() - begun)
         except subprocess.TimeoutExpired:
             process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        _, errors = ended(process)
     assert process.returncode in ENDS[number]
     if process.returncode in (143, 130):
         assert errors.splitlines()[-1] in ("fastorgan: terminated", "fastorgan: interrupted"), errors
@@ -186,6 +216,18 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Batch:
 def test_an_interrupted_batch_is_whole_and_resumes(quick: Batch, number: int) -> None:
     moments = random.Random(number)
     assert any(interrupt(quick, number, moments.uniform(0.0, 0.9), f"{number}-{n}") for n in range(10))
+
+
+def test_a_signal_while_the_networks_are_handed_over_ends_the_run(quick: Batch) -> None:
+    out = quick.folder / "untold"
+    with replace(quick, code=UNTOLD).start(out) as process:
+        _, errors = ended(process)
+    assert (process.returncode, errors) == (143, "fastorgan: terminated\n")
+    report = json.loads(out.with_suffix(".json").read_text(encoding="ascii"))
+    done = {Path(case["output"]).name for case in report["cases"]}
+    assert done == set(unpacked(out))
+    # Those that were waiting.
+    assert len(done) == 2
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`fastorgan` under SIGTERM, as `docker stop`, a batch system or an operator sends it."""
+"""`fastorgan.signals`, and `fastorgan` under SIGTERM, as `docker stop`, a batch system or an operator sends it."""
 
 import os
 import signal
@@ -6,12 +6,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from fastorgan.__main__ import main
+from fastorgan.signals import StopRequest, Terminated, terminable, uninterrupted
 
 APP = Path(__file__).parents[1] / "app"
 
@@ -72,6 +73,86 @@ def test_main_runs_in_another_thread_too(tmp_path: Path, capsys: pytest.CaptureF
     thread.join()
     assert codes == [2]
     capsys.readouterr()
+
+
+def hear(number: int) -> list[str]:
+    """What happens around a block in which a signal comes."""
+    heard = []
+    try:
+        with uninterrupted():
+            heard.append("before")
+            signal.raise_signal(number)
+            heard.append("after")
+    except (KeyboardInterrupt, Terminated) as error:
+        heard.append(type(error).__name__)
+    return heard
+
+
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """Where the tests run in the background of a script, the shell has Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
+def test_a_signal_within_an_uninterrupted_block_comes_at_its_end() -> None:
+    assert hear(signal.SIGINT) == ["before", "after", "KeyboardInterrupt"]
+    with terminable():
+        assert hear(signal.SIGTERM) == ["before", "after", "Terminated"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("listening")
+def test_a_signal_comes_where_the_block_fails_too() -> None:
+    def fail() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            raise ValueError
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        fail()
+    assert isinstance(caught.value.__context__, ValueError)
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert hear(signal.SIGINT) == ["before", "after"]
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
+def test_a_second_signal_is_heard_at_once() -> None:
+    heard = []
+
+    def twice() -> None:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGINT)
+            heard.append(stop.signal)
+            signal.raise_signal(signal.SIGINT)
+            heard.append(None)
+
+    with pytest.raises(KeyboardInterrupt):
+        twice()
+    assert heard == [signal.SIGINT]
+
+
+def test_in_another_thread_nothing_is_changed() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    seen = []
+
+    def look() -> None:
+        with terminable(), uninterrupted():
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [before]
 
 
 def _wait_for(ready: Callable[[], bool], process: "subprocess.Popen[str]") -> None:

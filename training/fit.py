@@ -15,6 +15,7 @@ from fastorgan.errors import FastorganError
 from fastorgan.labels import ORGANS
 from fastorgan.networks import DenseVNet, build
 from fastorgan.runtime import TorchRuntime, resolve_device
+from fastorgan.signals import StopRequest
 
 from .cache import load_cache
 from .cases import DataError, split_fold
@@ -26,7 +27,6 @@ from .optimisers import make_optimiser, set_rate
 from .progress import Progress
 from .recipes import GENTLE, Recipe, sized
 from .sampling import MixedSampler, Sampler, Scan, make_sampler
-from .stopping import StopRequest
 from .structures import TwoHeads, split_codes, structures_loss
 from .world import ALONE, World
 

@@ -3,19 +3,17 @@
 import argparse
 import io
 import json
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from . import __version__
 from .console import say, warn
 from .errors import FastorganError, VolumeError
+from .signals import Terminated, terminable
 
 if TYPE_CHECKING:
     from .predict import Job
@@ -36,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with _terminable():
+        with terminable():
             code: int = options.run(options)
     except FastorganError as error:
         if options.debug:
@@ -51,37 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         warn("interrupted")
         return 130
-    except _Terminated:
+    except Terminated as error:
         warn("terminated")
-        return 143
+        return error.code
     return code
-
-
-class _Terminated(BaseException):
-    """SIGTERM came; no `except Exception` on the way may take it for a case's failure."""
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM unwind the stack as Ctrl-C does, so that no half-written file stays.
-
-    The first process of a container needs this to stop at all: Linux drops signals that it has no handler for.
-    """
-    # Python delivers signals to the main thread alone; whoever calls `main` from another one keeps theirs.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        # None: a handler that was not set by Python, and that Python cannot set again.
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
 
 
 def _parser() -> argparse.ArgumentParser:

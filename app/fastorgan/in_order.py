@@ -1,10 +1,12 @@
 """Work on several items at a time and hand the results on in order."""
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Generic, Self, TypeVar
+
+from .signals import uninterrupted
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,37 +28,44 @@ class InOrder(Generic[Item, Result]):
         self._work = work
         self._items = items
         self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="fastorgan-case")
-        self._halted = threading.Event()
-        self._futures: list[Future[Result]] = []
-        self._yielded = 0
+        self._halted = False
+        self._ended: dict[int, Future[Result]] = {}
+        # One for each item that ended. Whoever waits for a future may be interrupted while its lock is his, and then
+        # its thread never comes to its end; this queue has no lock that could be kept.
+        self._ends: SimpleQueue[None] = SimpleQueue()
 
     def __enter__(self) -> Self:
-        self._futures = [self._pool.submit(self._do, item) for item in self._items]
+        with uninterrupted():
+            for number, item in enumerate(self._items):
+                self._pool.submit(self._do, number, item)
         return self
 
     def __iter__(self) -> Iterator[Result]:
-        while self._yielded < len(self._futures):
-            result = self._futures[self._yielded].result()
-            self._yielded += 1
-            yield result
+        for number in range(len(self._items)):
+            while number not in self._ended:
+                self._ends.get()
+            yield self._ended[number].result()
 
-    def left(self) -> list[Result]:
-        """After the block: results of items that came to their end but were not yielded, in order."""
-        ended = [future for future in self._futures[self._yielded :] if future.done() and not future.cancelled()]
+    def ended(self) -> list[Result]:
+        """After the block: results of the items that came to their end, yielded or not, in order."""
+        ended = [self._ended[number] for number in sorted(self._ended)]
         return [future.result() for future in ended if future.exception() is None]
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._halted.set()
+        self._halted = True
         self._pool.shutdown(cancel_futures=True)
 
-    def _do(self, item: Item) -> Result:
+    def _do(self, number: int, item: Item) -> None:
         # The pool would go on while the one who iterates has not yet met the error.
-        if self._halted.is_set():
-            raise CancelledError
+        if self._halted:
+            return
+        outcome: Future[Result] = Future()
         try:
-            return self._work(item)
-        except BaseException:
-            self._halted.set()
-            raise
+            outcome.set_result(self._work(item))
+        except BaseException as error:
+            self._halted = True
+            outcome.set_exception(error)
+        self._ended[number] = outcome
+        self._ends.put(None)

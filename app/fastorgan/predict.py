@@ -24,6 +24,7 @@ from .outputs import FinishedCase, Outputs
 from .plausibility import doubts
 from .report import CaseRecord, OrganMeasure, RoiBox, RunReport, Status, measure
 from .runtime import resolve_device, usable_cores
+from .signals import uninterrupted
 from .volume import (
     INPUT_SUFFIXES,
     OUTPUT_SUFFIXES,
@@ -222,12 +223,13 @@ def run_batch(jobs: Sequence[Job], settings: Settings) -> RunReport:
             if settings.report is not None:
                 # Where it cannot be written, this is the time to say so.
                 report.write(settings.report)
-            loaded.set_result(cascade)
+            with uninterrupted():
+                loaded.set_result(cascade)
             note_cases(report, jobs, records, settings)
     except BaseException:
         if report is not None:
             # An interrupt comes while cases are under way; those have ended by now.
-            report.cases += records.left()
+            report.cases = records.ended()
             report.memory = sampler.peak
             with suppress(FastorganError):
                 if settings.report is not None:
@@ -285,8 +287,9 @@ def _told(promised: Future[Cascade]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if not promised.done():
-            promised.set_exception(error)
+        with uninterrupted():
+            if not promised.done():
+                promised.set_exception(error)
         raise
 
 
