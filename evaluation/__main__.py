@@ -22,7 +22,7 @@ FAILED = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return 0, or 2 where it or a part of it failed."""
+    """Run a command; return 0, 2 where it or a part of it failed, or 143 where SIGTERM ended it."""
     parser = argparse.ArgumentParser(
         prog="python -m evaluation", description="Measure fastorgan, or any program with its output files."
     )
