@@ -23,6 +23,7 @@ from fastorgan.cluster import Cluster, ClusterError, run_on_cluster
 from fastorgan.errors import FastorganError, WeightsError
 from fastorgan.predict import Job, Settings
 from fastorgan.report import CaseRecord, Status
+from tests.child_process import ended
 from tests.cluster_workers import Stub, Unfit, Unstartable
 
 ROOT = Path(__file__).parents[1]
@@ -220,7 +221,10 @@ def test_the_command_survives_a_killed_worker(
         nib.save(blocks[0], tmp_path / "in" / f"{name}_0000.nii.gz")
     command = [sys.executable, "-m", "fastorgan", "predict", "in", "out", "--cluster", two_nodes.address]
     command += ["--threads", "1", "--report", "run.json", "--page", "report.html", "--statistics", "organs.csv"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, "PYTHONFAULTHANDLER": "1"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         deadline = time.monotonic() + 180
         while len(list((tmp_path / "out").glob("case*"))) < 3:
             assert process.poll() is None, process.communicate()
@@ -233,7 +237,7 @@ def test_the_command_survives_a_killed_worker(
         ]
         assert len(workers) >= 2
         os.kill(workers[0].pid, signal.SIGKILL)
-        output, errors = process.communicate(timeout=300)
+        output, errors = ended(process, 300)
     assert process.returncode == 0, errors
     # No half-written file of the killed worker either.
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{name}.nii.gz" for name in names]

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from fastorgan.volume import load_image, read_volume
+from tests.child_process import ended
 
 ROOT = Path(__file__).parents[1]
 
@@ -147,16 +148,6 @@ def make_batch(folder: Path, code: str) -> Batch:
     batch.whole = unpacked(folder / "uninterrupted")
     assert sorted(batch.whole) == [f"{case}.nii.gz" for case in CASES]
     return batch
-
-
-def ended(process: "subprocess.Popen[str]", seconds: float = 60) -> tuple[str, str]:
-    """What a process wrote until its end; one that hangs fails the test and shows where its threads are."""
-    try:
-        return process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGABRT)
-        _, errors = process.communicate()
-        raise AssertionError(f"no end after {seconds} s: {errors}") from None
 
 
 def unpacked(folder: Path) -> dict[str, bytes]:

@@ -21,6 +21,7 @@ import torch
 from fastorgan.errors import DeviceError
 from fastorgan.networks import DenseVNet, RoiUNet, SlimRoiUNet
 from fastorgan.networks.blocks import parameter_count
+from tests.child_process import ended
 from tests.synthetic_cache import one_thread, write_cache
 from training import fit
 from training.cache import CachedVolume, load_cache
@@ -710,7 +711,7 @@ sys.exit(main(sys.argv[1:]))
 
 def environment() -> dict[str, str]:
     paths = os.pathsep.join((str(ROOT / "app"), str(ROOT)))
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 @pytest.mark.slow
@@ -743,7 +744,7 @@ def test_an_interrupted_command_saves_and_goes_on(cache: Path, tmp_path: Path, n
         assert process.stderr is not None
         assert process.stderr.readline().startswith("organs: step 1")
         process.send_signal(number)
-        _, rest = process.communicate(timeout=60)
+        _, rest = ended(process)
     assert process.returncode == code
     (last,) = [line for line in rest.splitlines() if line.startswith("training:")]
     step = read_checkpoint(out / CHECKPOINT, CPU)["step"]

@@ -16,6 +16,7 @@ pytest.importorskip("torch")
 import torch
 
 from fastorgan.errors import DeviceError
+from tests.child_process import ended
 from tests.synthetic_cache import write_cache
 from training.checkpoint import CHECKPOINT, read_checkpoint
 from training.log import LOG
@@ -59,7 +60,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def environment() -> dict[str, str]:
     paths = os.pathsep.join((str(ROOT / "app"), str(ROOT)))
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
 
 
 def arguments(cache: Path, out: Path, *more: str) -> list[str]:
@@ -83,7 +84,7 @@ def two_processes(tmp_path: Path, *command: str) -> Iterator["subprocess.Popen[s
 
 def run_two(tmp_path: Path, *command: str) -> None:
     with two_processes(tmp_path, *command) as process:
-        _, errors = process.communicate(timeout=300)
+        _, errors = ended(process, 300)
     assert process.returncode == 0, errors
 
 
@@ -203,7 +204,7 @@ def test_a_terminated_run_goes_on_with_fewer_processes_and_with_more(cache: Path
                 break
         time.sleep(0.5)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=120)
+        _, errors = ended(process, 120)
     assert process.returncode != 0
     lines = [line for line in errors.splitlines() if line.startswith("training:")]
     step = read_checkpoint(out / CHECKPOINT, CPU)["step"]
