@@ -177,7 +177,7 @@ def test_the_networks_see_the_window_upright(make_cascade: CascadeMaker) -> None
 
     def organs(x: NDArray[np.float32]) -> NDArray[np.float32]:
         seen["organs"] = x.copy()
-        return threshold(x)
+        return np.zeros((CLASSES, *x.shape), np.float32)
 
     # 480 mm along each axis, 10 mm per ROI sample; brighter to the head, the front and the right.
     i, j, k = np.indices((60, 60, 60))
@@ -195,7 +195,7 @@ def test_the_networks_see_the_window_upright(make_cascade: CascadeMaker) -> None
         for axis in range(3):
             # But for rounding.
             assert (np.diff(x, axis=axis) > -1e-6).all()
-    # 100 to 220, 120 to 280 and 140 to 340 mm; with 20 mm on both sides grown to 180, 200 and 300 mm.
+    # 100 to 220, 120 to 280 and 140 to 340 mm; with 12 mm on both sides grown to 180, 200 and 300 mm.
     assert found.roi.fallback is None
     assert found.roi.box.start == pytest.approx(np.array([70, 100, 90]) / 8)
     assert found.roi.box.stop == pytest.approx(np.array([250, 300, 390]) / 8)
@@ -214,10 +214,38 @@ def test_nothing_is_labelled_outside_the_box(make_cascade: CascadeMaker) -> None
 
     image = nib.Nifti1Image(np.full((60, 60, 60), 200, np.int16), np.diag([8.0, 8.0, 8.0, 1.0]))
     labels = codes_of(make_cascade(roi, threshold).segment(image))
-    # The box of the test above; voxels whose centres lie inside.
+    # The box of the test above, once 25 mm wider; voxels whose centres lie inside.
     x, y, z = ((np.arange(60) + 0.5) * 8,) * 3
-    inside = ((x >= 90) & (x < 390))[:, None, None] & ((y >= 100) & (y < 300))[:, None] & ((z >= 70) & (z < 250))
+    inside = ((x >= 65) & (x < 415))[:, None, None] & ((y >= 75) & (y < 325))[:, None] & ((z >= 45) & (z < 275))
     assert np.array_equal(labels == 1, inside)
+
+
+def test_what_the_roi_net_missed_of_an_organ_is_found(make_cascade: CascadeMaker) -> None:
+    boxes: list[NDArray[np.float32]] = []
+
+    def roi(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        # Of the organ, which spans samples 8 to 28 along z, the upper part is missed.
+        logits = np.full((1, *x.shape), -0.01, np.float32)
+        logits[0, 8:25, 12:28, 14:34] = 0.01
+        return logits
+
+    def organs(x: NDArray[np.float32]) -> NDArray[np.float32]:
+        boxes.append(x)
+        return threshold(x)
+
+    # Voxels of 5 mm; a sample of the ROI net has 10 mm.
+    hu = np.full((96, 96, 96), -100, np.int16)
+    hu[28:68, 24:56, 16:56] = 200
+    volume = read_volume(nib.Nifti1Image(hu, np.diag([5.0, 5.0, 5.0, 1.0])), "test")
+    found = make_cascade(roi, organs).find_organs(volume)
+    assert len(boxes) == 2
+    # 80 to 250 mm with 12 mm on both sides, and 25 mm more above.
+    assert (found.roi.box.start[0], found.roi.box.stop[0]) == pytest.approx((68 / 5, 287 / 5))
+    assert dice(found.labels == 1, hu == 200) > 0.97
+    # As it is where the ROI net misses nothing.
+    boxes.clear()
+    make_cascade(lambda x: np.maximum(roi(x), threshold_roi(x)), organs).find_organs(volume)
+    assert len(boxes) == 1
 
 
 def test_where_nothing_is_found_the_whole_volume_is_searched(make_cascade: CascadeMaker, blocks: Blocks) -> None:

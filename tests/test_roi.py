@@ -4,7 +4,7 @@ import pytest
 from numpy.typing import NDArray
 
 from fastorgan.box import Box
-from fastorgan.roi import body_box, locate
+from fastorgan.roi import body_box, locate, widen
 from fastorgan.volume import Volume, read_volume
 
 SHAPE = (100, 100, 100)
@@ -25,7 +25,7 @@ def cube(first: int, last: int) -> tuple[slice, slice, slice]:
 
 
 def test_the_box_is_the_frame_of_the_foreground() -> None:
-    # 200 to 300 mm; with 20 mm on both sides grown to 180, 200 and 300 mm; in voxels of 5 mm.
+    # 200 to 300 mm; with 12 mm on both sides grown to 180, 200 and 300 mm; in voxels of 5 mm.
     roi = locate(mask(cube(20, 30)), WHOLE, SHAPE, SPACING)
     assert roi.fallback is None
     assert roi.box == Box((32, 30, 20), (68, 70, 80))
@@ -36,28 +36,28 @@ def test_samples_and_voxels_may_differ_by_axis() -> None:
     foreground = np.zeros((20, 50, 100), bool)
     foreground[8:14, 10:40, 20:80] = True
     roi = locate(foreground, Box.whole((50, 800, 400)), (50, 800, 400), (10.0, 0.5, 1.5))
-    # 200 to 350, 80 to 320 and 120 to 480 mm, each 20 wider on both sides.
-    assert roi.box.start == pytest.approx((18, 120, 100 / 1.5))
-    assert roi.box.stop == pytest.approx((37, 680, 500 / 1.5))
+    # 200 to 350, 80 to 320 and 120 to 480 mm, each 12 wider on both sides; along z grown to 180.
+    assert roi.box.start == pytest.approx((18.5, 136, 72))
+    assert roi.box.stop == pytest.approx((36.5, 664, 328))
 
 
 def test_the_box_counts_from_the_part_that_the_net_saw() -> None:
     # 50 samples over the last 250 mm of each axis: 5 mm each; organs from 250 + 50 to 250 + 100 mm.
     seen = Box((50, 50, 50), (100, 100, 100))
     roi = locate(mask(cube(10, 20)), seen, SHAPE, SPACING)
-    # 280 to 370 mm with the margin, grown about 325 mm to 180, 200 and 300 mm. Along z the net saw nothing before
+    # 288 to 362 mm with the margin, grown about 325 mm to 180, 200 and 300 mm. Along z the net saw nothing before
     # 250 mm, so that the box is 250 to 430 mm there; in voxels of 5 mm.
     assert roi.box == Box((50, 45, 35), (86, 85, 95))
 
 
 def test_padding_above_and_below_the_body_is_not_in_the_box() -> None:
-    # The body spans 100 to 300 mm of 500 along z, 5 mm a sample; organs from 120 to 290 mm: with the margin 100 to 310.
+    # The body spans 100 to 300 mm of 500 along z, 5 mm a sample; organs from 110 to 290 mm: with the margin 98 to 302.
     seen = Box((20, 0, 0), (60, 100, 100))
     foreground = np.zeros((40, 100, 100), bool)
-    foreground[4:38, 20:80, 20:80] = True
+    foreground[2:38, 20:80, 20:80] = True
     roi = locate(foreground, seen, SHAPE, SPACING)
-    # In plane the box may reach beyond the body: 100 to 400 mm and 20 on both sides.
-    assert roi.box == Box((20, 16, 16), (60, 84, 84))
+    # In plane the box may reach beyond the body: 100 to 400 mm and 12 on both sides.
+    assert roi.box == Box((20, 17.6, 17.6), (60, 82.4, 82.4))
 
 
 def scan(hu: NDArray[np.int16], spacing: tuple[float, float, float]) -> Volume:
@@ -102,8 +102,8 @@ def test_a_near_piece_belongs_to_the_organs_and_a_far_one_does_not(axis: int, br
         piece[axis] = slice(last + gap, last + gap + 2)
         return locate(mask(organs, (piece[0], piece[1], piece[2])), WHOLE, SHAPE, SPACING).box.stop[axis]
 
-    assert stop(bridge) == pytest.approx(min(10 * (last + bridge + 2) + 20, 500) / 5)
-    assert stop(bridge + 1) == pytest.approx((10 * last + 20) / 5)
+    assert stop(bridge) == pytest.approx(min(10 * (last + bridge + 2) + 12, 500) / 5)
+    assert stop(bridge + 1) == pytest.approx((10 * last + 12) / 5)
 
 
 def test_nothing_found_takes_the_whole_volume_and_says_so() -> None:
@@ -138,3 +138,58 @@ def test_crumbs_far_apart_do_not_add_up() -> None:
     # Four pieces of 8 ml, 80 mm apart in height and so out of reach.
     crumbs = mask(cube(0, 2), cube(10, 12), cube(20, 22), cube(30, 32))
     assert locate(crumbs, WHOLE, SHAPE, SPACING).fallback == "only 8 ml of organs found at low resolution"
+
+
+# Organs that go out of the box
+
+
+def margins_of(*places: tuple[int | slice, ...]) -> dict[int, NDArray[np.float32]]:
+    """A margin of 10 x 20 x 25 samples for the liver, above 0 in the places alone."""
+    margin = np.full((10, 20, 25), -1, np.float32)
+    for place in places:
+        margin[place] = 1
+    return {1: margin}
+
+
+# In a scan of 500 mm: samples of 20, 10 and 8 mm, so that the sides consist of 80, 160 and 200 mm2 each.
+BOX = Box((30, 25, 35), (70, 65, 75))
+SCAN = scan(np.zeros(SHAPE, np.int16), SPACING)
+INSIDE = (slice(1, -1),) * 3
+TWO = slice(5, 7)
+
+
+def test_a_box_that_holds_its_organs_stays() -> None:
+    assert widen(BOX, margins_of(INSIDE), WHOLE, SCAN) is None
+    assert widen(BOX, {}, WHOLE, SCAN) is None
+
+
+@pytest.mark.parametrize(
+    ("place", "wider"),
+    [
+        ((0, TWO, TWO), Box((25, 25, 35), (70, 65, 75))),
+        ((-1, TWO, TWO), Box((30, 25, 35), (75, 65, 75))),
+        ((TWO, 0, TWO), Box((30, 20, 35), (70, 65, 75))),
+        ((TWO, -1, TWO), Box((30, 25, 35), (70, 70, 75))),
+        ((TWO, TWO, 0), Box((30, 25, 30), (70, 65, 75))),
+        ((TWO, TWO, -1), Box((30, 25, 35), (70, 65, 80))),
+    ],
+)
+def test_a_side_that_an_organ_reaches_moves_out(place: tuple[int | slice, ...], wider: Box) -> None:
+    # By 25 mm, 5 voxels.
+    assert widen(BOX, margins_of(place), WHOLE, SCAN) == wider
+    margins = margins_of(INSIDE)
+    assert widen(BOX, margins | {4: margins_of(place)[1]}, WHOLE, SCAN) == wider
+
+
+def test_a_touch_is_not_enough() -> None:
+    # 100 mm2 are less than one and a half samples of 80.
+    assert widen(BOX, margins_of((0, 5, 5)), WHOLE, SCAN) is None
+    assert widen(BOX, margins_of((0, 5, slice(5, 7))), WHOLE, SCAN) == Box((25, 25, 35), (70, 65, 75))
+
+
+def test_a_box_grows_to_the_end_of_what_was_seen() -> None:
+    seen = Box((26, 30, 40), (70, 60, 70))
+    reached = margins_of((slice(None), TWO, TWO), (TWO, TWO, slice(None)))
+    # In plane the organ may go on beyond what the ROI net saw.
+    assert widen(BOX, reached, seen, SCAN) == Box((26, 25, 30), (70, 65, 80))
+    assert widen(Box.whole(SHAPE), reached, WHOLE, SCAN) is None

@@ -466,7 +466,7 @@ def test_a_fold_of_one_leaves_nothing(cache: Path, tmp_path: Path) -> None:
 
 
 def test_a_perfect_network_validates_at_one(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(organs(cache, tmp_path, steps=1, fold=(0, 3)))
+    run = Run(organs(cache, tmp_path, replace(LIGHT, size=(48, 64, 96)), steps=1, fold=(0, 3)))
 
     class Oracle(torch.nn.Module):
         """Tells organs by their grey value."""

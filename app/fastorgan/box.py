@@ -12,7 +12,7 @@ ROI_SIZE = (96, 96, 96)
 CROP_SIZE = (96, 128, 192)
 """Samples (z, y, x) of the box that the organ net sees."""
 
-MARGIN_MM = (20.0, 20.0, 20.0)
+MARGIN_MM = (12.0, 12.0, 12.0)
 """Added on both sides of the organs (z, y, x); the paper's "expand some pixels"."""
 
 LEAST_MM = (180.0, 200.0, 300.0)

@@ -1,13 +1,13 @@
 """The method: a light U-Net finds the abdomen, a DenseVNet labels it (He & Luo, FLARE21, team hitcs)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from .box import CROP_SIZE, ROI_SIZE
+from .box import CROP_SIZE, ROI_SIZE, Box
 from .intensity import to_network
 from .monitor import StageTimer
 from .plausibility import Evidence, examine
@@ -15,7 +15,7 @@ from .postprocess import organ_margins
 from .report import Engine
 from .resample import resize
 from .restore import restore_labels
-from .roi import Roi, body_box, locate
+from .roi import Roi, body_box, locate, widen
 from .runtime import Runtime, choose_runtime
 from .volume import Volume, label_image, read_volume
 from .weights import Weights
@@ -107,16 +107,25 @@ class Cascade:
             whole = volume.unit(resize(volume.array, body, ROI_SIZE, volume.windowed))
             foreground = self._roi_net(to_network(whole))[0] > 0
             roi = locate(foreground, body, volume.shape, volume.spacing)
-        with timer.stage("organs"):
-            crop = volume.unit(resize(volume.array, roi.box, CROP_SIZE, volume.windowed))
-            logits = self._organ_net(to_network(crop))
-            device = self.engine.device_name
+        crop, margins = self._look(volume, roi.box, timer)
+        wider = widen(roi.box, margins, body, volume)
+        if wider is not None:
+            roi = replace(roi, box=wider)
+            crop, margins = self._look(volume, wider, timer)
+        device = self.engine.device_name
         with timer.stage("restore"):
-            voxel_mm3 = np.prod(np.multiply(roi.box.size, volume.spacing)) / np.prod(CROP_SIZE)
-            margins = organ_margins(logits, float(voxel_mm3))
-            # As large as the margins once more, while the labels take their place.
-            del logits
             labels = restore_labels(margins, roi.box, volume)
         with timer.stage("check"):
             evidence = examine(margins, crop, roi.box, volume)
         return Segmentation(labels, roi, timer.seconds, evidence, device, self.faults[known:])
+
+    def _look(
+        self, volume: Volume, box: Box, timer: StageTimer
+    ) -> tuple[NDArray[np.float32], dict[int, NDArray[np.float32]]]:
+        """What the organ net sees of a box (z, y, x), HU window as [0, 1], and the organs' margins over it."""
+        with timer.stage("organs"):
+            crop = volume.unit(resize(volume.array, box, CROP_SIZE, volume.windowed))
+            logits = self._organ_net(to_network(crop))
+        with timer.stage("restore"):
+            voxel_mm3 = np.prod(np.multiply(box.size, volume.spacing)) / np.prod(CROP_SIZE)
+            return crop, organ_margins(logits, float(voxel_mm3))

@@ -4,6 +4,7 @@ The paper takes the union of the organs as foreground, maps it back to the full 
 component, and what happens when nothing is found, it does not say.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,12 @@ LEAST_FOREGROUND_ML = 20.0
 
 LEAST_EXTENT_MM = 15.0
 """Foreground thinner than this along any axis is no organ."""
+
+REACHED_CM2 = 1.0
+"""An organ that touches a side of the box with more than this goes on beyond it."""
+
+WIDER_MM = 25.0
+"""How far such a side moves out."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,39 @@ def locate(
     if (stop - start).min() < LEAST_EXTENT_MM:
         return Roi(Box.whole(shape), f"organs found at low resolution are only {(stop - start).min():.0f} mm thick")
     corner = np.multiply(seen.start, spacing)
+    return Roi(frame(corner + start, corner + stop, _searchable(seen, shape), spacing))
+
+
+def widen(box: Box, margins: Mapping[int, NDArray[np.float32]], seen: Box, volume: Volume) -> Box | None:
+    """Find a larger box where the ROI net missed a part of an organ: one that the organ goes out of.
+
+    Args:
+        box: where the organ net looked, in voxels of `volume`.
+        margins: what it found, by organ code (z, y, x) over `box`; see `postprocess.organ_margins`.
+        seen: the part of the volume that the ROI net saw.
+        volume: the scan.
+
+    Returns:
+        The box with each side that an organ reaches (`REACHED_CM2`) moved out by `WIDER_MM`, or to the end of what can
+        be seen; None where no side moves by a voxel.
+    """
+    within = _searchable(seen, volume.shape)
+    start, stop = list(box.start), list(box.stop)
+    for margin in margins.values():
+        sample = np.multiply(box.size, volume.spacing) / margin.shape
+        for axis, mm in enumerate(volume.spacing):
+            least = REACHED_CM2 * 100.0 * sample[axis] / sample.prod()
+            first, last = (np.count_nonzero(margin.take(side, axis) > 0) > least for side in (0, -1))
+            if first:
+                start[axis] = max(within.start[axis], box.start[axis] - WIDER_MM / mm)
+            if last:
+                stop[axis] = min(within.stop[axis], box.stop[axis] + WIDER_MM / mm)
+    wider = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
+    moved = np.subtract(wider.size, box.size)
+    return wider if (moved >= 1.0).any() else None
+
+
+def _searchable(seen: Box, shape: tuple[int, ...]) -> Box:
+    """Where organs may be: along z what the ROI net saw, and the whole plane."""
     _, height, width = shape
-    within = Box((seen.start[0], 0.0, 0.0), (seen.stop[0], float(height), float(width)))
-    return Roi(frame(corner + start, corner + stop, within, spacing))
+    return Box((seen.start[0], 0.0, 0.0), (seen.stop[0], float(height), float(width)))
