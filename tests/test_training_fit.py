@@ -657,6 +657,19 @@ def test_half_the_samples_of_a_mixed_end_are_gentle(marked_cache: Path, tmp_path
     assert all(bool(value.isfinite().all()) for value in read_checkpoint(tmp_path / CHECKPOINT, CPU)["export"].values())
 
 
+def test_a_bordered_end_is_a_mixed_one_that_minds_borders(marked_cache: Path, tmp_path: Path) -> None:
+    assert replace(PRESETS["bordered"], borders=0.0) == PRESETS["mixed"]
+    losses = {}
+    for name in ("mixed", "bordered"):
+        run = Run(organs(marked_cache, tmp_path / name, replace(PRESETS[name], size=LIGHT.size), steps=1))
+        run.fit()
+        (row,) = read_log(tmp_path / name)
+        losses[name] = {key: float(row[key]) for key in ("entropy", "dice_loss")}
+    # Of the same sample and the same first weights.
+    assert losses["bordered"]["dice_loss"] == losses["mixed"]["dice_loss"]
+    assert losses["bordered"]["entropy"] > 1.5 * losses["mixed"]["entropy"]
+
+
 def test_the_papers_preset_is_the_papers_table() -> None:
     paper = PRESETS["paper"]
     assert (paper.optimiser, paper.rate, paper.epochs, paper.loss) == ("sgd", 0.01, 600, "focal")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastorgan.labels import CLASSES, IGNORE
-from training.losses import VOXELS_AT_ONCE, entropy_and_dice, focal, foreground_loss
+from training.losses import VOXELS_AT_ONCE, at_borders, entropy_and_dice, focal, foreground_loss
 
 
 def logits_of(*probabilities: list[float]) -> Tensor:
@@ -29,6 +29,10 @@ def cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
 
 def dice(logits: Tensor, codes: Tensor) -> Tensor:
     return entropy_and_dice(logits, codes)[1]
+
+
+def entropy_with_borders(logits: Tensor, codes: Tensor) -> Tensor:
+    return entropy_and_dice(logits, codes, borders=2.0)[0]
 
 
 def gradient(loss: Tensor, logits: Tensor) -> Tensor:
@@ -81,6 +85,34 @@ def test_unknown_voxels_are_left_out_of_the_mean(loss: type) -> None:
     assert slope[..., [0, 2]].all()
 
 
+# Borders
+
+
+def test_voxels_at_borders_share_a_face_with_another_class() -> None:
+    assert at_borders(codes_of(0, 0, 1, 1, 1, 2))[0, 0, 0].tolist() == [False, True, True, False, True, True]
+    # The unknown tell of no border, nor do corners and edges.
+    assert at_borders(codes_of(0, IGNORE, 1, 1))[0, 0, 0].tolist() == [False] * 4
+    codes = torch.zeros(2, 4, 4, 4, dtype=torch.int64)
+    codes[1, 1, 2, 2] = 3
+    expected = torch.zeros_like(codes, dtype=torch.bool)
+    for place in ((1, 2, 2), (0, 2, 2), (2, 2, 2), (1, 1, 2), (1, 3, 2), (1, 2, 1), (1, 2, 3)):
+        expected[1, *place] = True
+    assert torch.equal(at_borders(codes), expected)
+
+
+def test_cross_entropy_with_borders_by_hand() -> None:
+    logits = logits_of([0.9, 0.1], [0.8, 0.2], [0.7, 0.3], [0.4, 0.6])
+    codes = codes_of(0, 0, 1, 1)
+    inner = -(math.log(0.9) + math.log(0.6))
+    outer = -(math.log(0.8) + math.log(0.3))
+    expected = (inner + outer) / 4 + 2.0 * outer / 2
+    assert float(entropy_with_borders(logits, codes).detach()) == pytest.approx(expected, rel=1e-5)
+    # Where there are none, it is the mean of all.
+    assert float(entropy_with_borders(logits, codes * 0).detach()) == pytest.approx(
+        float(cross_entropy(logits, codes * 0).detach()), rel=1e-6
+    )
+
+
 # Dice
 
 
@@ -125,7 +157,7 @@ def test_dice_where_no_organ_is_there() -> None:
 # All of them
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, focal, dice])
+@pytest.mark.parametrize("loss", [cross_entropy, focal, dice, entropy_with_borders])
 def test_where_all_is_unknown_there_is_nothing_to_learn(loss: type) -> None:
     logits = logits_of(SURE, UNSURE)
     value = loss(logits, codes_of(IGNORE, IGNORE))
@@ -135,7 +167,7 @@ def test_where_all_is_unknown_there_is_nothing_to_learn(loss: type) -> None:
     assert not slope.any()
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, focal, dice])
+@pytest.mark.parametrize("loss", [cross_entropy, focal, dice, entropy_with_borders])
 def test_gradients_stay_finite_when_the_network_is_wrong_and_sure(loss: type) -> None:
     codes = torch.tensor([0, 1, 2, IGNORE])[None, None, None, :]
     for confidence in (1e2, 1e4):
@@ -147,7 +179,7 @@ def test_gradients_stay_finite_when_the_network_is_wrong_and_sure(loss: type) ->
         assert gradient(value, logits).isfinite().all()
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, focal, dice])
+@pytest.mark.parametrize("loss", [cross_entropy, focal, dice, entropy_with_borders])
 def test_half_precision_logits_are_summed_in_full(loss: type) -> None:
     torch.manual_seed(0)
     logits = torch.randn(1, CLASSES, 8, 8, 8).bfloat16()
@@ -197,9 +229,11 @@ def test_foreground_loss_has_finite_gradients() -> None:
 # Entropy and Dice in one pass
 
 
-def plain_entropy_and_dice(logits: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+def plain_entropy_and_dice(logits: Tensor, codes: Tensor, borders: float) -> tuple[Tensor, Tensor]:
     """The same by torch's own operations over whole arrays, which differentiates them itself."""
     entropy = torch.nn.functional.cross_entropy(logits, codes, ignore_index=IGNORE)
+    inner = codes.masked_fill(~at_borders(codes), IGNORE)
+    entropy = entropy + borders * torch.nn.functional.cross_entropy(logits, inner, ignore_index=IGNORE)
     known = (codes != IGNORE)[:, None]
     probabilities = torch.softmax(logits, 1) * known
     target = torch.nn.functional.one_hot(codes.masked_fill(codes == IGNORE, 0), CLASSES).movedim(-1, 1) * known
@@ -210,8 +244,9 @@ def plain_entropy_and_dice(logits: Tensor, codes: Tensor) -> tuple[Tensor, Tenso
     return entropy, 1 - score[there].mean()
 
 
+@pytest.mark.parametrize("borders", [0.0, 1.5])
 @pytest.mark.parametrize("absent", [None, 4])
-def test_entropy_and_dice_agree_with_torchs_own_gradients(absent: int | None) -> None:
+def test_entropy_and_dice_agree_with_torchs_own_gradients(absent: int | None, borders: float) -> None:
     # Two samples of more voxels than are taken at a time, and not a multiple of them.
     shape = (30, 31, 41)
     assert math.prod(shape) > 2 * VOXELS_AT_ONCE
@@ -219,10 +254,12 @@ def test_entropy_and_dice_agree_with_torchs_own_gradients(absent: int | None) ->
     logits = (torch.randn(2, CLASSES, *shape, generator=generator) * 3).requires_grad_()
     codes = torch.randint(0, CLASSES + 1, (2, *shape), generator=generator)
     codes = torch.where((codes == CLASSES) | (codes == absent), IGNORE, codes)
-    for found, true in zip(entropy_and_dice(logits, codes), plain_entropy_and_dice(logits, codes), strict=True):
-        torch.testing.assert_close(found, true, rtol=1e-5, atol=0)
-    entropy, overlap = entropy_and_dice(logits, codes)
-    plain_entropy, plain_overlap = plain_entropy_and_dice(logits, codes)
+    # A part without borders, so that they are not all.
+    codes[:, :, :12] = 0
+    entropy, overlap = entropy_and_dice(logits, codes, borders)
+    plain_entropy, plain_overlap = plain_entropy_and_dice(logits, codes, borders)
+    torch.testing.assert_close(entropy, plain_entropy, rtol=1e-5, atol=0)
+    torch.testing.assert_close(overlap, plain_overlap, rtol=1e-5, atol=0)
     # Weights tell the two from each other.
     found = gradient(2 * entropy + 3 * overlap, logits)
     true = gradient(2 * plain_entropy + 3 * plain_overlap, logits)

@@ -95,7 +95,8 @@ that are there already are kept.""",
         choices=sorted(PRESETS),
         default="light",
         help="paper: as He and Luo did; light (default): what ships; gentle: an end of it, from --init, on scans "
-        "that are disturbed less; mixed: one in which every second sample is",
+        "that are disturbed less; mixed: one in which every second sample is; bordered: the same, with "
+        "more weight on borders",
     )
     fit.add_argument("--variant", choices=("slim", "paper"), default="slim", help="of the ROI net (default: slim)")
     fit.add_argument(

@@ -285,7 +285,7 @@ class Run:
             if recipe.loss == "focal":
                 terms = {"loss": focal(logits, organs)}
             else:
-                entropy, overlap = entropy_and_dice(logits, organs)
+                entropy, overlap = entropy_and_dice(logits, organs, recipe.borders)
                 terms = {"entropy": entropy, "dice_loss": overlap, "loss": entropy + overlap}
             if further is not None:
                 terms["structures"] = structures_loss(further.contiguous(), structures)
