@@ -105,7 +105,7 @@ LIGHT = Recipe("muon", 2e-3, "entropy+dice", 0.0, True, CROP_SIZE, "torch", 100,
 """What ships."""
 
 MIXED = replace(LIGHT, rate=1.2e-3, steps=1750, structures=0.0, gently=0.5)
-"""An end of it; every second sample is less disturbed."""
+"""An end of it, in which every second sample is disturbed less."""
 
 PRESETS = {
     # He & Luo, table 3: SGD 0.01, poly decay 0.9, focal loss, 600 epochs, batch 1, rotation, scaling and noise.

@@ -99,7 +99,7 @@ class Cascade:
         return label_image(self.find_organs(read_volume(image, str(name))).labels, image)
 
     def find_organs(self, volume: Volume) -> Segmentation:
-        """Run the two stages on a volume."""
+        """Run the two stages on a volume, the second again in a larger box where an organ goes out of its box."""
         timer = StageTimer()
         known = len(self.faults)
         with timer.stage("roi"):

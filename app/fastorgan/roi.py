@@ -28,7 +28,7 @@ LEAST_EXTENT_MM = 15.0
 """Foreground thinner than this along any axis is no organ."""
 
 REACHED_CM2 = 1.0
-"""An organ that touches a side of the box with more than this goes on beyond it."""
+"""An organ that touches a side of the box with more than this is taken to go on beyond it."""
 
 WIDER_MM = 25.0
 """How far such a side moves out."""
