@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
-from fastorgan.box import LEAST_MM, MARGIN_MM, Box, extent_mm, frame
+from fastorgan.box import LEAST_MM, MARGIN_MM, Box, extent_mm, frame, side_areas
 
 Triple = tuple[float, float, float]
 
@@ -55,6 +55,19 @@ def test_extent_is_the_tightest_box(mask: NDArray[np.bool_]) -> None:
         along = np.moveaxis(mask[inside], axis, 0)
         assert along[0].any()
         assert along[-1].any()
+
+
+# Sides
+
+
+def test_areas_of_the_sides_by_hand() -> None:
+    margin = np.full((3, 4, 5), -1, np.float32)
+    margin[0, :2, :3] = 1
+    margin[1, 3, 4] = 0.5
+    margin[2, 2, 2] = 0
+    # Samples of 2 x 3 x 4 mm: sides of 12, 8 and 6 mm2 a sample.
+    areas = side_areas(margin, np.array([2.0, 3.0, 4.0]))
+    assert areas.tolist() == [[6 * 12, 0], [3 * 8, 1 * 8], [2 * 6, 1 * 6]]
 
 
 # Framing: the margin is 12 mm, the least extent 180 x 200 x 300 mm

@@ -74,6 +74,18 @@ def extent_mm(mask: NDArray[np.bool_], voxel: tuple[float, ...]) -> tuple[NDArra
     return start, stop
 
 
+def side_areas(margin: NDArray[np.float32], sample: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Area in mm2 that is above 0 on each side of a box: (axis, first and last side).
+
+    Args:
+        margin: (z, y, x) over the box.
+        sample: mm of a sample (z, y, x).
+    """
+    counts = [[np.count_nonzero(margin.take(side, axis) > 0) for side in (0, -1)] for axis in range(3)]
+    areas: NDArray[np.float64] = np.array(counts) * (sample.prod() / sample)[:, None]
+    return areas
+
+
 def frame(start: NDArray[np.float64], stop: NDArray[np.float64], within: Box, spacing: tuple[float, ...]) -> Box:
     """Frame organs that span [start, stop): add `MARGIN_MM`, grow to `LEAST_MM`, clip to what may be looked at.
 

@@ -13,7 +13,7 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
-from .box import Box
+from .box import Box, side_areas
 from .intensity import WINDOW_HU
 from .labels import ORGANS
 from .postprocess import REMOVED
@@ -137,13 +137,9 @@ def _examine_organ(margin: NDArray[np.float32], crop: NDArray[np.float32], box: 
     places = [(np.arange(len(profile)) + 0.5) * size for profile, size in zip(profiles, sample, strict=True)]
     z, y, x = (float(profile @ place) / count for profile, place in zip(profiles, places, strict=True))
     corner = np.multiply(box.start, volume.spacing)
-    cut, boxed_mm2 = [], 0.0
-    for axis, profile in enumerate(profiles):
-        area = float(sample.prod() / sample[axis])
-        ends = (box.start[axis] < 1.0, box.stop[axis] > volume.shape[axis] - 1.0)
-        sides = list(zip((profile[0], profile[-1]), ends, strict=True))
-        cut.append(any(bool(touching) and end for touching, end in sides))
-        boxed_mm2 += sum(float(touching) * area for touching, end in sides if not end)
+    areas = side_areas(margin, sample)
+    ends = np.transpose((np.less(box.start, 1.0), np.greater(box.stop, np.subtract(volume.shape, 1.0))))
+    cut = ((areas > 0) & ends).any(axis=1).tolist()
     # Below -6 lie probabilities that weigh nothing.
     near = margin[margin > -6.0]
     probability = 1.0 / (1.0 + np.exp(-near))
@@ -157,7 +153,7 @@ def _examine_organ(margin: NDArray[np.float32], crop: NDArray[np.float32], box: 
         confidence=2.0 * float(probability[near > 0].sum(dtype=float)) / (count + float(probability.sum(dtype=float))),
         stray=stray / (count + stray),
         cut=(cut[0], cut[1], cut[2]),
-        boxed_cm2=boxed_mm2 / 100.0,
+        boxed_cm2=float(areas[~ends].sum()) / 100.0,
         apart_mm=None if narrow else _halves_apart(profiles[2], places[2]),
     )
 

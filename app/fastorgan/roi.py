@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .box import Box, extent_mm, frame
+from .box import Box, extent_mm, frame, side_areas
 from .components import largest_group
 from .volume import Volume
 
@@ -112,20 +112,17 @@ def widen(box: Box, margins: Mapping[int, NDArray[np.float32]], seen: Box, volum
         The box with each side that an organ reaches (`REACHED_CM2`) moved out by `WIDER_MM`, or to the end of what can
         be seen; None where no side moves by a voxel.
     """
-    within = _searchable(seen, volume.shape)
-    start, stop = list(box.start), list(box.stop)
+    sizes = np.asarray(volume.spacing)
+    reached = np.zeros((3, 2), bool)
     for margin in margins.values():
-        sample = np.multiply(box.size, volume.spacing) / margin.shape
-        for axis, mm in enumerate(volume.spacing):
-            least = REACHED_CM2 * 100.0 * sample[axis] / sample.prod()
-            first, last = (np.count_nonzero(margin.take(side, axis) > 0) > least for side in (0, -1))
-            if first:
-                start[axis] = max(within.start[axis], box.start[axis] - WIDER_MM / mm)
-            if last:
-                stop[axis] = min(within.stop[axis], box.stop[axis] + WIDER_MM / mm)
-    wider = Box((start[0], start[1], start[2]), (stop[0], stop[1], stop[2]))
-    moved = np.subtract(wider.size, box.size)
-    return wider if (moved >= 1.0).any() else None
+        reached |= side_areas(margin, np.multiply(box.size, sizes) / margin.shape) > REACHED_CM2 * 100.0
+    within = _searchable(seen, volume.shape)
+    room = np.transpose((np.subtract(box.start, within.start), np.subtract(within.stop, box.stop)))
+    moves = np.where(reached, np.minimum(room, WIDER_MM / sizes[:, None]), 0.0)
+    if moves.max() < 1.0:
+        return None
+    (z0, y0, x0), (z1, y1, x1) = (box.start - moves[:, 0]).tolist(), (box.stop + moves[:, 1]).tolist()
+    return Box((z0, y0, x0), (z1, y1, x1))
 
 
 def _searchable(seen: Box, shape: tuple[int, ...]) -> Box:
