@@ -19,7 +19,7 @@ from training.cases import DataError
 
 ROOT = Path(__file__).parents[1]
 
-COMMANDS = ("prepare", "warp", "fit", "export", "quantise", "left-out", "curves")
+COMMANDS = ("prepare", "warp", "refine", "fit", "export", "quantise", "left-out", "curves")
 
 
 @pytest.fixture(scope="module", autouse=True)
