@@ -10,7 +10,7 @@ from tests.synthetic_cache import as_roi, cached
 from training.__main__ import main
 from training.cache import STRUCTURES, load_cache
 from training.cases import DataError
-from training.edges import refine, refined
+from training.edges import edge_distance, refine, refined
 
 LIVER, KIDNEY, SPLEEN = 1, 2, 3
 ORGAN_HU, FAT_HU = 100.0, -100.0
@@ -147,6 +147,36 @@ def test_without_such_an_organ_labels_are_the_same() -> None:
     assert np.array_equal(refined(cached(codes, SPACING, image=levels(slab(80.0)))).labels, codes)
 
 
+@pytest.mark.parametrize(
+    ("edge", "end", "mm"),
+    [
+        # The middle, 0 HU, lies between voxels 14 and 15, by halves; the border is there as well.
+        ((), 15, 0.0),
+        # 20 / 120 of the way from voxel 15 to 16, two thirds of a voxel beyond the border.
+        ((20.0,), 15, 1.0),
+        # 100 / 120 of the way from 14 to 15.
+        ((-20.0,), 15, 0.5),
+        ((-20.0,), 16, -1.0),
+    ],
+)
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("way", [1, -1])
+def test_the_distance_of_the_edge_beside_fat(edge: tuple[float, ...], end: int, mm: float, axis: int, way: int) -> None:
+    image, codes = (np.moveaxis(array[..., ::way], 2, axis) for array in (levels(slab(*edge)), labelled(end, KIDNEY)))
+    distance = edge_distance(cached(codes, SPACING, image=image), KIDNEY)
+    assert distance == pytest.approx(mm, abs=0.02)
+
+
+def test_where_few_rows_show_an_edge_there_is_no_distance() -> None:
+    volume = cached(labelled(15), SPACING, image=levels(slab()))
+    assert edge_distance(volume, LIVER) is not None
+    assert edge_distance(volume, KIDNEY) is None
+    # 10 x 14 rows, no fat, and an array too narrow for any row.
+    assert edge_distance(cached(labelled(15)[:10], SPACING, image=levels(slab())[:10]), LIVER) is None
+    assert edge_distance(cached(labelled(15), SPACING, image=levels(slab(beyond=40.0))), LIVER) is None
+    assert edge_distance(cached(labelled(15)[:, :7, 11:18], SPACING, image=levels(slab())[:, :7, 11:18]), LIVER) is None
+
+
 def test_the_command_writes_what_can_be_trained_on_and_says_what_was_gained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -158,7 +188,10 @@ def test_the_command_writes_what_can_be_trained_on_and_says_what_was_gained(
         as_roi(volume).save(tmp_path / "cache" / f"{name}.roi.npz")
     assert main(["refine", "--data", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]) == 0
     # A layer of 13 x 14 voxels has 1.024 ml.
-    assert capsys.readouterr().out == "a: +1.0 ml\nb: +0.0 ml\n"
+    first_line, second_line = capsys.readouterr().out.splitlines()
+    # 80 / 180 of the way from voxel 15 to 16 the row falls to 0 HU.
+    assert first_line == "a: +1.0 ml; edges beside fat, mm outwards: liver +1.42 to -0.08"
+    assert second_line == "b: +0.0 ml; edges beside fat, mm outwards: kidney +1.42 to +1.42"
     first, second = load_cache(tmp_path / "out", "organs")
     assert (first.labels[..., :16] == LIVER).all()
     assert np.array_equal(second.labels, labelled(15, KIDNEY))

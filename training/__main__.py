@@ -85,7 +85,8 @@ that are there already are kept.""",
         description="""\
 Machine-made labels of livers end about a millimetre inside the edge that the
 image has beside fat, of spleens a quarter. Write the organ net's volumes of a
-cache, or of warped scans, with borders on the edge.""",
+cache, or of warped scans, with borders on the edge, and say how far the edge is
+from the borders before and after.""",
         epilog="example: python -m training refine --data runs/cache --out runs/refined",
         formatter_class=_HELP,
     )
@@ -224,8 +225,8 @@ def _warp(options: argparse.Namespace) -> int:
 def _refine(options: argparse.Namespace) -> int:
     from .edges import refine
 
-    for name, gained in refine(options.data, options.out):
-        print(f"{name}: {gained:+.1f} ml", flush=True)
+    for refinement in refine(options.data, options.out):
+        print(refinement.text(), flush=True)
     return 0
 
 
