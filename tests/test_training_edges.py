@@ -132,6 +132,11 @@ def test_a_ball_that_is_labelled_too_small_or_too_large_is_found_again() -> None
         assert after.sum() == pytest.approx(truth.sum(), rel=0.02)
 
 
+def test_the_labels_of_a_single_slice_stay() -> None:
+    volume = cached(labelled(15)[:1], SPACING, image=levels(slab(80.0))[:1])
+    assert np.array_equal(refined(volume).labels, volume.labels)
+
+
 def test_nothing_but_labels_changes() -> None:
     codes = labelled(15)
     volume = cached(codes.copy(), SPACING, image=levels(slab(80.0)), name="a", patient="p")

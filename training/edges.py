@@ -115,7 +115,7 @@ def _edges_in_rows(image: NDArray[np.uint8], labels: NDArray[np.uint8], code: in
         return np.empty(0)
     levels, codes = (sliding_window_view(array, 2 * ROW, axis=-1) for array in (image, labels))
     rows = levels[(codes[..., :ROW] == code).all(-1) & (codes[..., ROW:] == 0).all(-1)].astype(np.float32)
-    rows = rows[_is_edge(rows[:, 0], rows[:, -1]) & _is_edge(rows[:, 1], rows[:, -2])]
+    rows = rows[_is_edge(rows[:, :2].mean(1), [rows[:, -2], rows[:, -1]])]
     middle = (rows[:, :2].mean(1) + rows[:, -2:].mean(1)) / 2
     below = np.argmax(rows[:, 1:] < middle[:, None], axis=1) + 1
     last, first = (np.take_along_axis(rows, k[:, None], 1)[:, 0] for k in (below - 1, below))
@@ -128,11 +128,12 @@ def _edge_distances(volume: CachedVolume) -> dict[str, float]:
     return {name: mm for name, mm in found.items() if mm is not None}
 
 
-def _is_edge(organ: NDArray[np.float32], fat: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Whether levels outside are fat and those inside denser by `LEAST_CONTRAST_HU`."""
+def _is_edge(organ: NDArray[np.float32], outside: list[NDArray[np.float32]]) -> NDArray[np.bool_]:
+    """Whether all levels outside are fat, and those inside denser than their mean by `LEAST_CONTRAST_HU`."""
     low, high = to_unit(np.array(FAT_HU)) * LEVELS
     least, none = to_unit(np.array([LEAST_CONTRAST_HU, 0.0])) * LEVELS
-    result: NDArray[np.bool_] = (fat >= low) & (fat <= high) & (organ - fat >= least - none)
+    dense = organ - np.mean(outside, axis=0) >= least - none
+    result: NDArray[np.bool_] = np.logical_and.reduce([dense, *((low <= fat) & (fat <= high) for fat in outside)])
     return result
 
 
@@ -149,6 +150,9 @@ def refined(volume: CachedVolume) -> CachedVolume:
     Returns:
         The same with other labels; equal ones where none of these organs is to be seen.
     """
+    if min(volume.labels.shape) < 2:
+        # A single slice has no normals.
+        return volume
     labels = volume.labels.copy()
     room = np.ceil((REACH_MM + max(OUTSIDE_MM)) / volume.spacing).astype(int)
     for code in MOVED:
@@ -173,8 +177,8 @@ def _beside_fat(
     mask, free = labels == code, labels == 0
     distance = ndimage.distance_transform_edt(~mask, sampling=spacing)
     distance -= ndimage.distance_transform_edt(mask, sampling=spacing)
-    # Distances are between centres; the border is half a voxel away from the first on either side.
-    height = distance - np.copysign(spacing.min() / 2, distance)
+    # Distances are between centres; the border is half a voxel (in plane) away from the first on either side.
+    height = distance - np.copysign(spacing[2] / 2, distance)
     band = np.nonzero((np.abs(height) <= REACH_MM) & (mask | free))
     smooth = ndimage.gaussian_filter(distance, SMOOTH_MM / spacing)
     normal = np.stack([slope[band] for slope in np.gradient(smooth, *spacing.tolist())])
@@ -190,7 +194,7 @@ def _beside_fat(
 
     outside = [levels(mm - height[band]) for mm in OUTSIDE_MM]
     organ = np.mean([levels(mm - height[band]) for mm in INSIDE_MM], axis=0)
-    beside = np.logical_and.reduce([_is_edge(organ, fat) for fat in outside])
+    beside = _is_edge(organ, outside)
     for mm in OUTSIDE_MM:
         # Beyond the volume's faces nothing is free.
         beside &= ndimage.map_coordinates(free, along(mm - height[band]), np.uint8, order=0, mode="constant") > 0
