@@ -39,7 +39,6 @@ LEAST_CONTRAST_HU = 80.0
 SMOOTH_MM = 1.5
 """Standard deviation that the border is smoothed by before its normal is taken."""
 
-
 ROW = 4
 """Voxels on either side of a border whose distance from the edge is measured."""
 
