@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastorgan.intensity import LEVELS, WINDOW_HU, to_levels, to_network, to_unit
+from fastorgan.intensity import LEVELS, WINDOW_HU, level_of, to_levels, to_network, to_unit
 
 
 @pytest.mark.parametrize("dtype", ["<i2", ">i2", "i4", "f4", ">f8"])
@@ -25,6 +25,10 @@ def test_the_input_is_left_as_it_was() -> None:
     assert hu.tolist() == [[-500.0, 50.0]]
     assert not np.shares_memory(hu, unit)
     assert unit.shape == (1, 2)
+
+
+def test_the_level_of_an_hu_is_not_rounded() -> None:
+    assert [level_of(hu) for hu in (-1000.0, -150.0, 50.0, 300.0)] == pytest.approx([0.0, 25.5, 127.5, 255.0], abs=1e-4)
 
 
 def test_levels_round_to_the_nearest_step() -> None:

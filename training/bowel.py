@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastorgan.components import label
-from fastorgan.intensity import LEVELS, to_unit
+from fastorgan.intensity import level_of, to_unit
 
 from .cache import CachedVolume
 
@@ -40,7 +40,7 @@ def gas_pockets(volume: CachedVolume) -> NDArray[np.uint8]:
 
     Those reach the cached array's faces, or are larger than `POCKET_ML`.
     """
-    pieces, voxels = label(volume.image <= float(to_unit(np.array([GAS_HU]))[0]) * LEVELS)
+    pieces, voxels = label(volume.image <= level_of(GAS_HU))
     ml = voxels * np.prod(volume.spacing) / 1000.0
     inner = (ml >= POCKET_ML[0]) & (ml <= POCKET_ML[1])
     for axis in range(3):

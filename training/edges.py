@@ -5,7 +5,7 @@ between both HU) is a millimetre outside the label, beside spleens a quarter, an
 label's border. A network that learns from such labels ends short of these organs as well.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from fastorgan.box import extent
-from fastorgan.intensity import LEVELS, to_unit
+from fastorgan.intensity import level_of
 from fastorgan.labels import ORGANS
 
 from .cache import CachedVolume, load_cache
@@ -98,7 +98,7 @@ def edge_distance(volume: CachedVolume, code: int) -> float | None:
     mask = volume.labels == code
     if not mask.any():
         return None
-    near = tuple(slice(max(0, span.start - ROW), span.stop + ROW) for span in extent(mask))
+    near = _around(mask, (ROW, ROW, ROW))
     found = []
     for axis in (1, 2):
         for way in (1, -1):
@@ -129,9 +129,8 @@ def _edge_distances(volume: CachedVolume) -> dict[str, float]:
 
 def _is_edge(organ: NDArray[np.float32], outside: list[NDArray[np.float32]]) -> NDArray[np.bool_]:
     """Whether all levels outside are fat, and those inside denser than their mean by `LEAST_CONTRAST_HU`."""
-    low, high = to_unit(np.array(FAT_HU)) * LEVELS
-    least, none = to_unit(np.array([LEAST_CONTRAST_HU, 0.0])) * LEVELS
-    dense = organ - np.mean(outside, axis=0) >= least - none
+    low, high = (level_of(hu) for hu in FAT_HU)
+    dense = organ - np.mean(outside, axis=0) >= level_of(LEAST_CONTRAST_HU) - level_of(0.0)
     result: NDArray[np.bool_] = np.logical_and.reduce([dense, *((low <= fat) & (fat <= high) for fat in outside)])
     return result
 
@@ -153,16 +152,21 @@ def refined(volume: CachedVolume) -> CachedVolume:
         # A single slice has no normals.
         return volume
     labels = volume.labels.copy()
-    room = np.ceil((REACH_MM + max(OUTSIDE_MM)) / volume.spacing).astype(int)
+    room = np.ceil((REACH_MM + max(OUTSIDE_MM)) / volume.spacing).astype(int).tolist()
     for code in MOVED:
         mask = volume.labels == code
         if not mask.any():
             continue
-        spans = zip(extent(mask), room.tolist(), strict=True)
-        near = tuple(slice(max(0, span.start - pad), span.stop + pad) for span, pad in spans)
+        near = _around(mask, room)
         places, dense = _beside_fat(volume.image[near], volume.labels[near], code, volume.spacing)
         labels[near][places] = np.where(dense, code, 0)
     return replace(volume, labels=labels)
+
+
+def _around(mask: NDArray[np.bool_], room: Sequence[int]) -> tuple[slice, ...]:
+    """The box of a mask's foreground with `room` voxels (z, y, x) on either side, where there are as many."""
+    spans = zip(extent(mask), room, strict=True)
+    return tuple(slice(max(0, span.start - pad), span.stop + pad) for span, pad in spans)
 
 
 def _beside_fat(
@@ -187,18 +191,19 @@ def _beside_fat(
         """Where one comes to from each voxel of the band, mm along its normal: fractional indices."""
         return np.asarray(band) + normal * mm / spacing[:, None]
 
-    def levels(mm: NDArray[np.float64]) -> NDArray[np.float32]:
-        found: NDArray[np.float32] = ndimage.map_coordinates(image, along(mm), np.float32, order=1, mode="nearest")
+    def levels(points: NDArray[np.float64]) -> NDArray[np.float32]:
+        found: NDArray[np.float32] = ndimage.map_coordinates(image, points, np.float32, order=1, mode="nearest")
         return found
 
-    outside = [levels(mm - height[band]) for mm in OUTSIDE_MM]
-    organ = np.mean([levels(mm - height[band]) for mm in INSIDE_MM], axis=0)
+    beyond = [along(mm - height[band]) for mm in OUTSIDE_MM]
+    outside = [levels(points) for points in beyond]
+    organ = np.mean([levels(along(mm - height[band])) for mm in INSIDE_MM], axis=0)
     beside = _is_edge(organ, outside)
-    for mm in OUTSIDE_MM:
+    for points in beyond:
         # Beyond the volume's faces nothing is free.
-        beside &= ndimage.map_coordinates(free, along(mm - height[band]), np.uint8, order=0, mode="constant") > 0
+        beside &= ndimage.map_coordinates(free, points, np.uint8, order=0, mode="constant") > 0
     middle = (organ + np.mean(outside, axis=0)) / 2
     dense = image[band] > middle
     # What is dense further out, beyond a gap, is something else.
-    dense &= mask[band] | (levels(-height[band] / 2) > middle)
+    dense &= mask[band] | (levels(along(-height[band] / 2)) > middle)
     return tuple(axis[beside] for axis in band), dense[beside]

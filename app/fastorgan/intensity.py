@@ -30,6 +30,11 @@ def to_levels(unit: NDArray[np.float32]) -> NDArray[np.uint8]:
     return np.rint(unit * LEVELS).astype(np.uint8)
 
 
+def level_of(hu: float) -> float:
+    """The eight-bit level of an HU value, before it is rounded."""
+    return float(to_unit(np.array([hu]))[0]) * LEVELS
+
+
 # The networks see values centred on the soft tissue, [-1, 1].
 def to_network(unit: NDArray[np.float32]) -> NDArray[np.float32]:
     """Map [0, 1] to the networks' input range [-1, 1]; written as arithmetic that torch tensors accept as well."""
