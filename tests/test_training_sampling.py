@@ -526,6 +526,49 @@ def test_a_scan_without_room_above_or_below_always_shows_organs() -> None:
         assert min(high[0], stop[0]) - max(low[0], start[0]) > 0
 
 
+def test_a_narrow_field_of_view_shows_about_half_of_the_organs_at_least() -> None:
+    sampler = RoiSampler(replace(STILL, narrow=1.0), np.random.default_rng(0))
+    start, stop = VIEWED.organs_mm / VIEWED.spacing
+    shares = []
+    for _ in range(200):
+        low, high = sampler._view(VIEWED)
+        shares.append((np.minimum(high, stop) - np.maximum(low, start))[1:] / (stop - start)[1:])
+    y, x = np.transpose(shares)
+    # The other side may have lost an eighth of the scan.
+    assert 0.4 < min(x.min(), y.min()) < 0.6
+    # Always from side to side, two thirds of it from front to back.
+    assert np.mean(x < 0.999) > 0.98
+    assert 0.55 < np.mean(y < 0.999) < 0.78
+
+
+def test_slanted_ends_are_air_without_organs_up_to_the_far_corner() -> None:
+    source = as_roi(
+        cached(np.ones((50, 50, 50), np.uint8), (4.0, 4.0, 4.0), image=np.full((50, 50, 50), 200, np.uint8))
+    )
+    scan = scan_of(source)
+    sampler = RoiSampler(replace(STILL, padded=1.0, tilt_degrees=10.0), np.random.default_rng(0))
+    cut_away = []
+    for _ in range(20):
+        image, share = sampler.draw(scan)
+        air = levels(image) < 1
+        assert torch.equal(air, share == 0)
+        # Never a whole slice: inference does not show the net any.
+        assert not air[0, 0].flatten(1).all(1).any()
+        cut_away.append(float(air.float().mean()))
+    assert max(cut_away) > 0.02
+    straight = RoiSampler(replace(STILL, padded=1.0, tilt_degrees=0.0), np.random.default_rng(0))
+    assert float((straight.draw(scan)[1] == 0).float().mean()) == 0
+
+
+def test_the_roi_nets_scans_are_bent() -> None:
+    source = as_roi(ellipsoid_scan())
+    scan = scan_of(source)
+    bent = RoiSampler(replace(STILL, bend_mm=14.0), np.random.default_rng(1))
+    still = RoiSampler(STILL, np.random.default_rng(1))
+    overlaps = [overlap(bent.draw(scan)[1] > 0.5, still.draw(scan)[1] > 0.5) for _ in range(12)]
+    assert min(overlaps) < 0.97
+
+
 # Grey values
 
 

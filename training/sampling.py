@@ -96,29 +96,17 @@ class OrganSampler:
         start, stop = np.minimum(start, stop - 20), np.maximum(stop, start + 20)
         if self.random.random() >= self.augmentation.padded:
             return View(*_framed(start, stop, floor, roof))
-        # The axis of the scan's slices leans from the patient's, as that of a tilted gantry does.
-        lean = np.tan(np.radians(self.random.normal(0, self.augmentation.tilt_degrees, 2)))
+        lean = leaning(self.augmentation.tilt_degrees, self.random)
         reach = self.random.uniform(0, self.augmentation.padding_mm) * np.array([1.0, 0.0, 0.0])
         box = _framed(start, stop, floor - reach, roof + reach)
-        return View(
-            *box, Ends(float(floor[0]), float(roof[0]), (float(lean[0]), float(lean[1])), float(source.scan_mm[0]))
-        )
+        return View(*box, Ends(float(floor[0]), float(roof[0]), lean, float(source.scan_mm[0])))
 
     def _cut(self, source: CachedVolume) -> tuple[Vector, Vector]:
         """Ends of a scan that shows only part of the organs, in mm (z, y, x)."""
         assert self.augmentation is not None
         floor, roof = np.zeros(3), source.scan_mm.copy()
-        start, stop = source.organs_mm
-        narrow = self.augmentation.narrow
-        for axis, chance, least in ((0, self.augmentation.cut, 0.3), (1, narrow * 2 / 3, 0.5), (2, narrow, 0.5)):
-            length = stop[axis] - start[axis]
-            if self.random.random() < chance:
-                gone = self.random.uniform(0, 1 - least) * length
-                share = self.random.choice([0.0, 1.0, self.random.random()], p=[0.4, 0.4, 0.2])
-                if share > 0:
-                    floor[axis] = start[axis] + gone * share
-                if share < 1:
-                    roof[axis] = stop[axis] - gone * (1 - share)
+        cut(floor, roof, 0, source.organs_mm, self.augmentation.cut, 0.3, self.random)
+        cut_sides(floor, roof, source.organs_mm, self.augmentation.narrow, self.random)
         return floor, roof
 
     def _grid(self, scan: Scan, view: "View") -> tuple[Tensor, Tensor | None]:
@@ -131,14 +119,9 @@ class OrganSampler:
             scale = np.exp(self.random.normal(0, self.augmentation.stretch, 3))
             turns = self.random.normal(0, 1, 3) * np.radians(self.augmentation.turn_degrees) * (1.0, 0.5, 0.5)
             matrix = rotation(turns) @ np.diag(half * scale)
-        axes = [(torch.arange(n, device=device) + 0.5) * 2 / n - 1 for n in self.size]
-        points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
-        points = points @ torch.as_tensor(matrix.T, dtype=torch.float32, device=device)
+        points = grid_points(self.size, device) @ torch.as_tensor(matrix.T, dtype=torch.float32, device=device)
         if self.augmentation is not None and self.augmentation.bend_mm > 0:
-            knots = [max(2, round(float(2 * h) / 60)) + 3 for h in half]
-            bends = self.random.normal(0, self.augmentation.bend_mm, (1, 3, *knots)).astype(np.float32)
-            field = smooth_enlarge(torch.from_numpy(bends).to(device), self.size)
-            points = points + field[0].permute(1, 2, 3, 0)
+            points = points + bending(self.augmentation.bend_mm, 2 * half, self.size, self.random).to(device)
         centre = (low + high) / 2
         air = None if view.ends is None else view.ends.beyond(points, centre)
         centre = centre - scan.source.origin_mm
@@ -196,7 +179,7 @@ class RoiSampler:
     Augmentation takes random fields of view of the scan, whole or part, some without any organ.
     """
 
-    def __init__(self, augmentation: Augmentation | None, generator: np.random.Generator, empty: float = 0.06):
+    def __init__(self, augmentation: Augmentation | None, generator: np.random.Generator, empty: float = 0.08):
         self.augmentation = augmentation
         self.random = generator
         self.empty = empty
@@ -212,19 +195,24 @@ class RoiSampler:
             both = torch.movedim(torch.movedim(both, axis + 1, -1) @ weights.to(both.device).T, -1, axis + 1)
         unit, share = both[None, :1], both[None, 1:]
         if self.augmentation is not None:
+            extent = (high - low) * scan.source.spacing
             if self.random.random() < 0.6:
-                unit, share = self._turn(unit, share, (high - low) * scan.source.spacing)
+                unit, share = self._turn(unit, share, extent)
             unit = recolour(unit, self.augmentation, self.random, (share[:, 0] > 0.5).long())
+            if self.random.random() < self.augmentation.padded:
+                air = self._slanted(extent).to(unit.device)
+                unit, share = unit.masked_fill(air, 0.0), share.masked_fill(air, 0.0)
         return centred(unit), share
 
     def _view(self, source: CachedVolume) -> tuple[Vector, Vector]:
         """First and last edge of a random field of view, in voxels of the cached array."""
+        assert self.augmentation is not None
         shape = np.asarray(source.image.shape, float)
         start, stop = source.organs_mm / source.spacing
         low, high = np.zeros(3), shape.copy()
         above, below = shape[0] - stop[0], start[0]
         draw = self.random.random()
-        if draw < self.empty and max(above, below) * source.spacing[0] > 150:
+        if draw < self.empty and max(above, below) * source.spacing[0] > 110:
             # A view of chest, head or legs alone.
             if above >= below:
                 low[0] = stop[0] + 2
@@ -244,6 +232,7 @@ class RoiSampler:
             for axis in (1, 2):
                 room = 0.12 * shape[axis]
                 low[axis], high[axis] = self.random.uniform(0, room), shape[axis] - self.random.uniform(0, room)
+        cut_sides(low, high, np.stack((start, stop)), self.augmentation.narrow, self.random)
         return low, high
 
     def _turn(self, unit: Tensor, share: Tensor, extent: Vector) -> tuple[Tensor, Tensor]:
@@ -253,12 +242,24 @@ class RoiSampler:
         # The rotation is rigid in mm, not in the squeezed cube.
         matrix = np.diag(1 / extent) @ rotation(turns) @ np.diag(extent * scale)
         device = unit.device
-        axes = [(torch.arange(n, device=device) + 0.5) * 2 / n - 1 for n in ROI_SIZE]
-        points = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
-        points = points @ torch.as_tensor(matrix.T, dtype=torch.float32, device=device)
+        points = grid_points(ROI_SIZE, device) @ torch.as_tensor(matrix.T, dtype=torch.float32, device=device)
+        if self.augmentation.bend_mm > 0:
+            bends = bending(self.augmentation.bend_mm, extent, ROI_SIZE, self.random).to(device)
+            points = points + bends * torch.as_tensor(2 / extent, dtype=torch.float32, device=device)
         both = torch.cat((unit, share), dim=1)
         both = nn_sample(both, points.flip(-1)[None], "bilinear", "border")
         return both[:, :1], both[:, 1:]
+
+    def _slanted(self, extent: Vector) -> Tensor:
+        """What lies beyond the slanted ends of a scan that was resampled to a straight grid: (1, 1, *ROI_SIZE)."""
+        assert self.augmentation is not None
+        lean = leaning(self.augmentation.tilt_degrees, self.random)
+        # At most as far in as where the slices of air begin at the far corner, which inference cuts off.
+        reach = self.random.uniform(0, 0.5, 2) * (abs(lean[0]) * extent[1] + abs(lean[1]) * extent[2])
+        height = float(extent[0])
+        ends = Ends(float(reach[0]), height - float(reach[1]), lean, height)
+        half = torch.as_tensor(extent / 2, dtype=torch.float32)
+        return ends.beyond(grid_points(ROI_SIZE, half.device) * half, extent / 2)
 
 
 class MixedSampler:
@@ -318,6 +319,63 @@ def _blur(unit: Tensor, random: np.random.Generator) -> Tensor:
     kernel, padding = ((3, 1, 1), (1, 0, 0)) if random.random() < 0.5 else ((1, 3, 3), (0, 1, 1))
     smooth = torch.nn.functional.avg_pool3d(unit, kernel, 1, padding, count_include_pad=False)
     return torch.lerp(unit, smooth, float(random.uniform(0.3, 1.0)))
+
+
+def cut(
+    floor: Vector,
+    roof: Vector,
+    axis: int,
+    organs: NDArray[np.float64],
+    chance: float,
+    least: float,
+    random: np.random.Generator,
+) -> None:
+    """Move the ends of what a scan shows along one axis so that it shows part of the organs, in place.
+
+    Args:
+        floor, roof: first and last edge (z, y, x), in any unit.
+        axis: of the three.
+        organs: (2, 3) first and last edge of the organs, in the same unit.
+        chance: that anything is cut.
+        least: share of the organs' length that stays.
+        random: the source of chance.
+    """
+    if random.random() >= chance:
+        return
+    start, stop = organs[:, axis]
+    gone = random.uniform(0, 1 - least) * (stop - start)
+    share = random.choice([0.0, 1.0, random.random()], p=[0.4, 0.4, 0.2])
+    if share > 0:
+        floor[axis] = start + gone * share
+    if share < 1:
+        roof[axis] = stop - gone * (1 - share)
+
+
+def cut_sides(
+    floor: Vector, roof: Vector, organs: NDArray[np.float64], chance: float, random: np.random.Generator
+) -> None:
+    """`cut` a scan from side to side with a chance, and from front to back with two thirds of it."""
+    cut(floor, roof, 1, organs, chance * 2 / 3, 0.5, random)
+    cut(floor, roof, 2, organs, chance, 0.5, random)
+
+
+def leaning(degrees: float, random: np.random.Generator) -> tuple[float, float]:
+    """How the axis of a scan's slices leans from the patient's, as that of a tilted gantry does; see `Ends.lean`."""
+    about_x, about_y = np.tan(np.radians(random.normal(0, degrees, 2))).tolist()
+    return about_x, about_y
+
+
+def grid_points(size: tuple[int, int, int], device: torch.device) -> Tensor:
+    """Centres of a grid's samples (*size, 3) in [-1, 1], in the order (z, y, x)."""
+    axes = [(torch.arange(n, device=device) + 0.5) * 2 / n - 1 for n in size]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+
+
+def bending(mm: float, extent: Vector, size: tuple[int, int, int], random: np.random.Generator) -> Tensor:
+    """Displacements (*size, 3) in mm that bend a box of `extent` mm; `mm` is the standard deviation of the knots."""
+    knots = [max(2, round(float(length) / 60)) + 3 for length in extent]
+    bends = random.normal(0, mm, (1, 3, *knots)).astype(np.float32)
+    return smooth_enlarge(torch.from_numpy(bends), size)[0].permute(1, 2, 3, 0)
 
 
 def rotation(turns: Vector) -> NDArray[np.float64]:
