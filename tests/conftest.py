@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 from numpy.typing import NDArray
 
-from fastorgan import cascade
+from fastorgan import cascade, roi
 from fastorgan.cascade import Cascade
 from fastorgan.intensity import WINDOW_HU
 from fastorgan.labels import CLASSES
@@ -68,7 +68,7 @@ def make_cascade() -> Iterator[CascadeMaker]:
         Path("nowhere"), {"version": "0", "networks": {"roi": {"variant": "slim", "sha256": {"roi.xml": "ab"}}}}
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cascade, "ROI_SIZE", (48, 48, 48))
+        patch.setattr(roi, "ROI_SIZE", (48, 48, 48))
         patch.setattr(cascade, "CROP_SIZE", (48, 64, 96))
         yield lambda roi, organs: Cascade(FakeRuntime(roi, organs), weights)
 

@@ -38,7 +38,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "app"), str(ROOT)]
 
-from fastorgan import cascade  # noqa: E402
+from fastorgan import cascade, roi  # noqa: E402
 from fastorgan.cascade import Cascade  # noqa: E402
 from fastorgan.predict import Job, Settings, run_batch  # noqa: E402
 from fastorgan.report import Status  # noqa: E402
@@ -345,7 +345,7 @@ def run_case(path: Path, target: Path, cascade_: Cascade) -> list[str]:
 def fake_cascade() -> Iterator[Cascade]:
     """The tests' cascade that knows organs by their HU, with small networks."""
     networks = {"roi": {"variant": "slim", "sha256": {"roi.xml": "ab"}}}
-    with patch.object(cascade, "ROI_SIZE", (24, 24, 24)), patch.object(cascade, "CROP_SIZE", (24, 32, 48)):
+    with patch.object(roi, "ROI_SIZE", (24, 24, 24)), patch.object(cascade, "CROP_SIZE", (24, 32, 48)):
         yield Cascade(
             FakeRuntime(find_by_hu, label_by_hu), Weights(Path("nowhere"), {"version": "0", "networks": networks})
         )

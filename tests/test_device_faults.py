@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fastorgan import cascade, runtime
+from fastorgan import cascade, roi, runtime
 from fastorgan.__main__ import main
 from fastorgan.cascade import Cascade
 from fastorgan.errors import DeviceError
@@ -89,7 +89,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> FailingCard:
 def _small() -> Iterator[None]:
     """Let the networks see an eighth of the samples, so that tests are quick; torch does not mind."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cascade, "ROI_SIZE", (48, 48, 48))
+        patch.setattr(roi, "ROI_SIZE", (48, 48, 48))
         patch.setattr(cascade, "CROP_SIZE", (48, 64, 96))
         yield
 

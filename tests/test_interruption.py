@@ -35,13 +35,13 @@ import sys
 from pathlib import Path
 
 from tests.conftest import FakeRuntime, find_by_hu, label_by_hu
-from fastorgan import cascade
+from fastorgan import cascade, roi
 from fastorgan.__main__ import main
 from fastorgan.cascade import Cascade
 from fastorgan.weights import Weights
 
 networks = {"roi": {"variant": "slim", "sha256": {"roi.xml": "ab"}}}
-cascade.ROI_SIZE, cascade.CROP_SIZE = (24, 24, 24), (24, 32, 48)
+roi.ROI_SIZE, cascade.CROP_SIZE = (24, 24, 24), (24, 32, 48)
 known = Cascade(FakeRuntime(find_by_hu, label_by_hu), Weights(Path("nowhere"), {"version": "0", "networks": networks}))
 Cascade.load = lambda *_, **__: known
 sys.exit(main(sys.argv[1:]))

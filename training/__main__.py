@@ -6,6 +6,7 @@ import importlib.util
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from fastorgan.errors import DeviceError, FastorganError
@@ -187,6 +188,27 @@ from the borders before and after.""",
     left_out.add_argument("--cache", type=Path, metavar="CACHE", help=_STATISTICS)
     left_out.set_defaults(run=_left_out)
 
+    boxes = commands.add_parser(
+        "boxes",
+        help="say how well the ROI net's boxes hold the organs of scans left out, as they are and changed",
+        description="""\
+Frame every scan by what the ROI net finds in it: as it is, in parts, on turned
+grids and with other grey values. Prints a table: how far organs stick out of what
+is found, how far off its sides are in the mean, what is lost outside the box, and
+the box's volume over that of the box framed by labels.""",
+        epilog="example: python -m training boxes --data runs/cache --run runs/roi",
+        formatter_class=_HELP,
+    )
+    boxes.add_argument("--data", type=Path, required=True, help="cache folder")
+    judged = boxes.add_mutually_exclusive_group()
+    judged.add_argument(
+        "--run", type=Path, dest="folder", help="folder of a run of `fit roi --fold`, to judge by whom it left out"
+    )
+    judged.add_argument(
+        "--fold", type=int, nargs=2, metavar=("K", "N"), help="judge the released net by these patients (default: all)"
+    )
+    boxes.set_defaults(run=_boxes)
+
     curves = commands.add_parser(
         "curves",
         help="draw loss and Dice of runs",
@@ -294,6 +316,28 @@ def _left_out(options: argparse.Namespace) -> int:
 
     for case in segment_left_out(options.folder, options.data, options.out, cache=options.cache):
         print(options.out / f"{case.name}.nii.gz", flush=True)
+    return 0
+
+
+def _boxes(options: argparse.Namespace) -> int:
+    _need_torch()
+    from fastorgan.runtime import OpenVinoRuntime
+    from fastorgan.weights import Weights
+
+    from .boxes import judge_all, table
+    from .cache import load_cache
+    from .cases import split_fold
+    from .left_out import patients_left_out, weights_with
+
+    volumes = load_cache(options.data, "roi")
+    patients = {volume.patient for volume in volumes}
+    if options.folder:
+        patients = patients_left_out(options.folder)
+    elif options.fold:
+        patients = split_fold(sorted(patients), *options.fold)
+    with weights_with(options.folder) if options.folder else nullcontext(None) as folder:
+        network = OpenVinoRuntime(precision="f32").load(Weights.find(folder), "roi")
+    print(table(judge_all(network, [volume for volume in volumes if volume.patient in patients])))
     return 0
 
 

@@ -3,6 +3,7 @@
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -39,22 +40,42 @@ def segment_left_out(
         VolumeError: if a case cannot be read or its labels cannot be written.
         WeightsError: if there are no released weights, or the engines disagree on the run's.
     """
-    state = read_checkpoint(run / CHECKPOINT, torch.device("cpu"))
-    patients = set(state.get("left_out", ()))
-    if not patients:
-        raise DataError(f"{run}: this run left no patient out; train with --fold")
+    patients = patients_left_out(run)
     cases = [case for case in find_cases(data) if case.patient in patients]
     missing = patients - {case.patient for case in cases}
     if missing:
         raise DataError(f"{data}: no case of {', '.join(sorted(missing))}, whom the run left out")
     make_folder(out)
+    with weights_with(run, released, cache) as weights:
+        cascade = Cascade.load("cpu", weights=weights)
+        for case in cases:
+            save_image(cascade.segment(load_image(case.image)), out / f"{case.name}.nii.gz")
+            yield case
+
+
+def patients_left_out(run: Path) -> set[str]:
+    """The patients that a run left out.
+
+    Raises:
+        DataError: if it left nobody out, or its checkpoint cannot be read.
+    """
+    patients = set(read_checkpoint(run / CHECKPOINT, torch.device("cpu")).get("left_out", ()))
+    if not patients:
+        raise DataError(f"{run}: this run left no patient out; train with --fold")
+    return patients
+
+
+@contextmanager
+def weights_with(run: Path, released: Path | None = None, cache: Path | None = None) -> Iterator[Path]:
+    """A folder, for a while, of released weights in which a run's network takes the place of its own kind.
+
+    Arguments and errors as of `segment_left_out`.
+    """
     with tempfile.TemporaryDirectory(prefix="fastorgan-") as folder:
         weights = Path(folder)
         found = Weights.find(released)
         for name in (MANIFEST, *found.sha256):
             shutil.copyfile(found.folder / name, weights / name)
-        export(state["kind"], run / CHECKPOINT, weights, "left-out", cache=cache)
-        cascade = Cascade.load("cpu", weights=weights)
-        for case in cases:
-            save_image(cascade.segment(load_image(case.image)), out / f"{case.name}.nii.gz")
-            yield case
+        kind = read_checkpoint(run / CHECKPOINT, torch.device("cpu"))["kind"]
+        export(kind, run / CHECKPOINT, weights, "left-out", cache=cache)
+        yield weights

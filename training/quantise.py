@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastorgan.box import CROP_SIZE, ROI_SIZE
+from fastorgan.box import CROP_SIZE
 from fastorgan.errors import FastorganError
 from fastorgan.intensity import to_network
 from fastorgan.labels import CLASSES
 from fastorgan.resample import resize
-from fastorgan.roi import body_box, locate
+from fastorgan.roi import locate, overview
 from fastorgan.runtime import INT8, OpenVinoRuntime
 from fastorgan.volume import load_image, read_volume
 from fastorgan.weights import MANIFEST, Weights
@@ -85,8 +85,7 @@ def network_inputs(weights: Weights, scans: Sequence[Path]) -> dict[str, list[ND
     inputs: dict[str, list[NDArray[np.float32]]] = {"roi": [], "organs": []}
     for scan in scans:
         volume = read_volume(load_image(scan), str(scan))
-        body = body_box(volume)
-        whole = to_network(volume.unit(resize(volume.array, body, ROI_SIZE, volume.windowed)))
+        body, whole = overview(volume)
         roi = locate(roi_net(whole)[0] > 0, body, volume.shape, volume.spacing)
         crop = to_network(volume.unit(resize(volume.array, roi.box, CROP_SIZE, volume.windowed)))
         inputs["roi"].append(whole)

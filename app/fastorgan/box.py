@@ -44,6 +44,12 @@ class Box:
         return np.array([[*corner, 1.0] for corner in product(*zip(self.start, self.stop, strict=True))])
 
     @classmethod
+    def from_mm(cls, start: NDArray[np.float64], stop: NDArray[np.float64], spacing: tuple[float, ...]) -> "Box":
+        """The box between two corners (3,) in mm from the volume's own, by its voxel size in mm, all (z, y, x)."""
+        (z0, y0, x0), (z1, y1, x1) = (start / np.asarray(spacing)).tolist(), (stop / np.asarray(spacing)).tolist()
+        return cls((z0, y0, x0), (z1, y1, x1))
+
+    @classmethod
     def whole(cls, shape: tuple[int, ...]) -> "Box":
         """The box of a whole volume of `shape` (z, y, x)."""
         z, y, x = shape
@@ -106,6 +112,4 @@ def frame(start: NDArray[np.float64], stop: NDArray[np.float64], within: Box, sp
     low, high = low - grow, high + grow
     # Growth that an end cuts off goes to the other side instead.
     shift = np.maximum(0.0, floor - low) - np.maximum(0.0, high - roof)
-    low, high = np.maximum(floor, low + shift), np.minimum(roof, high + shift)
-    (z0, y0, x0), (z1, y1, x1) = low / sizes, high / sizes
-    return Box((float(z0), float(y0), float(x0)), (float(z1), float(y1), float(x1)))
+    return Box.from_mm(np.maximum(floor, low + shift), np.minimum(roof, high + shift), spacing)

@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
 
-from .box import CROP_SIZE, ROI_SIZE, Box
+from .box import CROP_SIZE, Box
 from .intensity import to_network
 from .monitor import StageTimer
 from .plausibility import Evidence, examine
@@ -15,7 +15,7 @@ from .postprocess import organ_margins
 from .report import Engine
 from .resample import resize
 from .restore import restore_labels
-from .roi import Roi, body_box, locate, widen
+from .roi import Roi, locate, overview, widen
 from .runtime import Runtime, choose_runtime
 from .volume import Volume, label_image, read_volume
 from .weights import Weights
@@ -103,9 +103,8 @@ class Cascade:
         timer = StageTimer()
         known = len(self.faults)
         with timer.stage("roi"):
-            body = body_box(volume)
-            whole = volume.unit(resize(volume.array, body, ROI_SIZE, volume.windowed))
-            foreground = self._roi_net(to_network(whole))[0] > 0
+            body, whole = overview(volume)
+            foreground = self._roi_net(whole)[0] > 0
             roi = locate(foreground, body, volume.shape, volume.spacing)
         crop, margins = self._look(volume, roi.box, timer)
         wider = widen(roi.box, margins, body, volume)

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .box import Box, extent_mm, frame, side_areas
+from .box import ROI_SIZE, Box, extent_mm, frame, side_areas
 from .components import largest_group
+from .intensity import to_network
+from .resample import resize
 from .volume import Volume
 
 BRIDGE_MM = (40.0, 60.0, 140.0)
@@ -41,10 +43,18 @@ class Roi:
     Attributes:
         box: in voxels of the volume, (z, y, x).
         fallback: why the whole volume is taken; None where the box comes from the ROI net.
+        found: the organs that the box frames, as the ROI net found them; None where the whole volume is taken.
     """
 
     box: Box
     fallback: str | None = None
+    found: Box | None = None
+
+
+def overview(volume: Volume) -> tuple[Box, NDArray[np.float32]]:
+    """What the ROI net sees: the body's box (`body_box`), and `ROI_SIZE` samples of it in the networks' range."""
+    body = body_box(volume)
+    return body, to_network(volume.unit(resize(volume.array, body, ROI_SIZE, volume.windowed)))
 
 
 def body_box(volume: Volume) -> Box:
@@ -96,7 +106,9 @@ def locate(
     if (stop - start).min() < LEAST_EXTENT_MM:
         return Roi(Box.whole(shape), f"organs found at low resolution are only {(stop - start).min():.0f} mm thick")
     corner = np.multiply(seen.start, spacing)
-    return Roi(frame(corner + start, corner + stop, _searchable(seen, shape), spacing))
+    start, stop = corner + start, corner + stop
+    box = frame(start, stop, _searchable(seen, shape), spacing)
+    return Roi(box, found=Box.from_mm(start, stop, spacing))
 
 
 def widen(box: Box, margins: Mapping[int, NDArray[np.float32]], seen: Box, volume: Volume) -> Box | None:
