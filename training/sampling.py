@@ -121,7 +121,7 @@ class OrganSampler:
             matrix = rotation(turns) @ np.diag(half * scale)
         points = grid_points(self.size, device) @ torch.as_tensor(matrix.T, dtype=torch.float32, device=device)
         if self.augmentation is not None and self.augmentation.bend_mm > 0:
-            points = points + bending(self.augmentation.bend_mm, 2 * half, self.size, self.random).to(device)
+            points = points + bending(self.augmentation.bend_mm, 2 * half, self.size, self.random, device)
         centre = (low + high) / 2
         air = None if view.ends is None else view.ends.beyond(points, centre)
         centre = centre - scan.source.origin_mm
@@ -200,7 +200,7 @@ class RoiSampler:
                 unit, share = self._turn(unit, share, extent)
             unit = recolour(unit, self.augmentation, self.random, (share[:, 0] > 0.5).long())
             if self.random.random() < self.augmentation.padded:
-                air = self._slanted(extent).to(unit.device)
+                air = self._slanted(extent, unit.device)
                 unit, share = unit.masked_fill(air, 0.0), share.masked_fill(air, 0.0)
         return centred(unit), share
 
@@ -244,13 +244,13 @@ class RoiSampler:
         device = unit.device
         points = grid_points(ROI_SIZE, device) @ torch.as_tensor(matrix.T, dtype=torch.float32, device=device)
         if self.augmentation.bend_mm > 0:
-            bends = bending(self.augmentation.bend_mm, extent, ROI_SIZE, self.random).to(device)
+            bends = bending(self.augmentation.bend_mm, extent, ROI_SIZE, self.random, device)
             points = points + bends * torch.as_tensor(2 / extent, dtype=torch.float32, device=device)
         both = torch.cat((unit, share), dim=1)
         both = nn_sample(both, points.flip(-1)[None], "bilinear", "border")
         return both[:, :1], both[:, 1:]
 
-    def _slanted(self, extent: Vector) -> Tensor:
+    def _slanted(self, extent: Vector, device: torch.device) -> Tensor:
         """What lies beyond the slanted ends of a scan that was resampled to a straight grid: (1, 1, *ROI_SIZE)."""
         assert self.augmentation is not None
         lean = leaning(self.augmentation.tilt_degrees, self.random)
@@ -258,8 +258,8 @@ class RoiSampler:
         reach = self.random.uniform(0, 0.5, 2) * (abs(lean[0]) * extent[1] + abs(lean[1]) * extent[2])
         height = float(extent[0])
         ends = Ends(float(reach[0]), height - float(reach[1]), lean, height)
-        half = torch.as_tensor(extent / 2, dtype=torch.float32)
-        return ends.beyond(grid_points(ROI_SIZE, half.device) * half, extent / 2)
+        half = torch.as_tensor(extent / 2, dtype=torch.float32, device=device)
+        return ends.beyond(grid_points(ROI_SIZE, device) * half, extent / 2)
 
 
 class MixedSampler:
@@ -371,11 +371,13 @@ def grid_points(size: tuple[int, int, int], device: torch.device) -> Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
 
 
-def bending(mm: float, extent: Vector, size: tuple[int, int, int], random: np.random.Generator) -> Tensor:
+def bending(
+    mm: float, extent: Vector, size: tuple[int, int, int], random: np.random.Generator, device: torch.device
+) -> Tensor:
     """Displacements (*size, 3) in mm that bend a box of `extent` mm; `mm` is the standard deviation of the knots."""
     knots = [max(2, round(float(length) / 60)) + 3 for length in extent]
     bends = random.normal(0, mm, (1, 3, *knots)).astype(np.float32)
-    return smooth_enlarge(torch.from_numpy(bends), size)[0].permute(1, 2, 3, 0)
+    return smooth_enlarge(torch.from_numpy(bends).to(device), size)[0].permute(1, 2, 3, 0)
 
 
 def rotation(turns: Vector) -> NDArray[np.float64]:
