@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from fastorgan.box import Box, extent_mm, frame
+from fastorgan.box import MARGIN_MM, Box, extent_mm, frame
 from fastorgan.intensity import LEVELS, WINDOW_HU
 from fastorgan.roi import locate, overview
 from fastorgan.runtime import Network
@@ -22,9 +22,6 @@ from .cache import CachedVolume
 from .sampling import rotation
 
 AIR_HU = -1000.0
-
-SHORT_MM = 12.0
-"""How far organs must stick out of a side of what is found to count as short: the box is framed as much wider."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +205,8 @@ def judge_all(network: Network, sources: Iterable[CachedVolume]) -> Iterator[Fin
 def table(findings: Iterable[Finding]) -> str:
     """Findings by view as a table in Markdown, with a last line for all views but the whole scans."""
     lines = [
-        "| view | scans | found | short by more than 12 mm | farthest short, mm | mean distance, mm | organs lost, % | "
-        "volume of the box |",
+        "| view | scans | found | short by more than the margin | farthest short, mm | mean distance, mm | "
+        "organs lost, % | volume of the box |",
         "|---|---|---|---|---|---|---|---|",
     ]
     views: dict[str, list[Finding]] = {}
@@ -230,7 +227,7 @@ def _figures(framed: list[Finding]) -> list[str]:
     beyond = np.stack([finding.beyond_mm for finding in framed if finding.beyond_mm is not None])
     ratios = [finding.ratio for finding in framed]
     return [
-        f"{np.count_nonzero(beyond < -SHORT_MM)} of {beyond.size} sides",
+        f"{np.count_nonzero(beyond < -np.tile(MARGIN_MM, 2))} of {beyond.size} sides",
         f"{max(0.0, -float(beyond.min())):.0f}",
         f"{np.abs(beyond).mean():.1f}",
         f"{100 * max(finding.lost for finding in framed):.2f}",
