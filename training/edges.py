@@ -5,7 +5,7 @@ between both HU) is a millimetre outside the label, beside spleens a quarter, an
 label's border. A network that learns from such labels ends short of these organs as well.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from fastorgan.box import extent
 from fastorgan.intensity import level_of
 from fastorgan.labels import ORGANS
 
 from .cache import CachedVolume, load_cache
+from .distances import around, beyond_border, signed_distance
 
 MOVED = tuple(organ.code for organ in ORGANS if organ.name in ("liver", "spleen"))
 """Codes of the organs whose borders move."""
@@ -38,6 +38,9 @@ LEAST_CONTRAST_HU = 80.0
 
 SMOOTH_MM = 1.5
 """Standard deviation that the border is smoothed by before its normal is taken."""
+
+FARTHEST_MM = 15.0
+"""Distance from a border beyond which smoothing brings nothing of it into normals."""
 
 ROW = 4
 """Voxels on either side of a border whose distance from the edge is measured."""
@@ -98,7 +101,7 @@ def edge_distance(volume: CachedVolume, code: int) -> float | None:
     mask = volume.labels == code
     if not mask.any():
         return None
-    near = _around(mask, (ROW, ROW, ROW))
+    near = around(mask, ROW, np.ones(3))
     found = []
     for axis in (1, 2):
         for way in (1, -1):
@@ -152,21 +155,14 @@ def refined(volume: CachedVolume) -> CachedVolume:
         # A single slice has no normals.
         return volume
     labels = volume.labels.copy()
-    room = np.ceil((REACH_MM + max(OUTSIDE_MM)) / volume.spacing).astype(int).tolist()
     for code in MOVED:
         mask = volume.labels == code
         if not mask.any():
             continue
-        near = _around(mask, room)
+        near = around(mask, REACH_MM + max(OUTSIDE_MM), volume.spacing)
         places, dense = _beside_fat(volume.image[near], volume.labels[near], code, volume.spacing)
         labels[near][places] = np.where(dense, code, 0)
     return replace(volume, labels=labels)
-
-
-def _around(mask: NDArray[np.bool_], room: Sequence[int]) -> tuple[slice, ...]:
-    """The box of a mask's foreground with `room` voxels (z, y, x) on either side, where there are as many."""
-    spans = zip(extent(mask), room, strict=True)
-    return tuple(slice(max(0, span.start - pad), span.stop + pad) for span, pad in spans)
 
 
 def _beside_fat(
@@ -178,10 +174,8 @@ def _beside_fat(
         Indices (z, y, x) of its voxels and of background near such borders, and which of them are the organ by density.
     """
     mask, free = labels == code, labels == 0
-    distance = ndimage.distance_transform_edt(~mask, sampling=spacing)
-    distance -= ndimage.distance_transform_edt(mask, sampling=spacing)
-    # Distances are between centres; the border is half a voxel (in plane) away from the first on either side.
-    height = distance - np.copysign(spacing[2] / 2, distance)
+    distance = signed_distance(mask, spacing, FARTHEST_MM)
+    height = beyond_border(distance, spacing)
     band = np.nonzero((np.abs(height) <= REACH_MM) & (mask | free))
     smooth = ndimage.gaussian_filter(distance, SMOOTH_MM / spacing)
     normal = np.stack([slope[band] for slope in np.gradient(smooth, *spacing.tolist())])

@@ -19,6 +19,7 @@ from fastorgan.intensity import LEVELS, WINDOW_HU, to_network
 from fastorgan.labels import CLASSES, IGNORE
 from fastorgan.resample import axis_weights
 
+from .borders import Borders
 from .bowel import fill, gas_pockets
 from .cache import CachedVolume
 from .recipes import Augmentation
@@ -41,6 +42,15 @@ class Scan:
     def pockets(self) -> Tensor:
         """Numbers of `bowel.gas_pockets`, uint8 (z, y, x); found when they are first needed."""
         return torch.from_numpy(gas_pockets(self.source)).to(self.image.device)
+
+    @cached_property
+    def borders(self) -> Borders:
+        """The organs' borders; found when they are first needed."""
+        return Borders.of(self.source.labels, self.source.spacing, self.labels.device)
+
+    def codes_at(self, grid: Tensor) -> Tensor:
+        """Codes (1, ...) int64 at the places of a grid: `codes_at`, with organs ending where their `borders` run."""
+        return self.borders.settle(codes_at(self.labels, grid), grid)
 
     @classmethod
     def to_device(cls, source: CachedVolume, device: torch.device) -> "Scan":
@@ -73,7 +83,7 @@ class OrganSampler:
         grid, air = self._grid(scan, view)
         image = scan.image[None, None].float()
         unit = nn_sample(image, grid, "bilinear", "border") / LEVELS
-        codes = codes_at(scan.labels, grid)
+        codes = scan.codes_at(grid)
         if self.augmentation is not None:
             if self.random.random() < self.augmentation.filled:
                 pockets = codes_at(scan.pockets, grid)

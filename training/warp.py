@@ -21,7 +21,7 @@ from fastorgan.labels import CLASSES, ORGANS
 
 from .cache import FINEST_MM, SURROUND_MM, CachedVolume, load_cache, upright_codes
 from .cases import DataError
-from .sampling import codes_at, nn_sample
+from .sampling import Scan, nn_sample
 
 Vector = NDArray[np.float64]
 Codes = NDArray[np.uint8]
@@ -227,7 +227,7 @@ def warp(volume: CachedVolume, shape: Shape) -> tuple[CachedVolume, dict[int, fl
     places = deformation(_points(low, low + size * spacing, size))
     grid = _grid(places, scan.size_mm)
     image = nn_sample(torch.from_numpy(volume.image)[None, None].float(), grid, "bilinear", "border")[0, 0]
-    codes = codes_at(torch.from_numpy(volume.labels), grid)[0]
+    codes = Scan.to_device(volume, grid.device).codes_at(grid)[0]
     # Slices beyond the scan would be its last one again and again.
     inside = ((places[0] >= 0) & (places[0] < scan.size_mm[0])).float().mean((1, 2)) > 0.5
     seen = np.flatnonzero(inside.numpy())
