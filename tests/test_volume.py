@@ -389,7 +389,10 @@ def test_an_upright_grid_shows_the_patient_at_the_same_place(
     beyond = np.maximum(-there, there - last).max(axis=-1)
     inside = beyond <= 0
     assert inside.sum() > 0.4 * values.size
-    assert np.abs(volume.array[inside] - (24 * x + 16 * y + 8 * z + 4000)[inside]).max() <= 1.01
+    # Stored values are rounded by half a unit, of which cubic splines make up to 1.549 times as much along each axis
+    # (the norm of interpolation by them), and the result is rounded again.
+    off = np.abs(volume.array[inside] - (24 * x + 16 * y + 8 * z + 4000)[inside])
+    assert off.max() <= 0.5 * 1.549**3 + 0.51
     assert volume.array[beyond < 0.999].min() >= values.min()
     assert set(np.unique(volume.array[beyond > 1.001])) <= {0 if np.dtype(dtype).kind == "u" else -1024}
 
