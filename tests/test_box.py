@@ -70,7 +70,7 @@ def test_areas_of_the_sides_by_hand() -> None:
     assert areas.tolist() == [[6 * 12, 0], [3 * 8, 1 * 8], [2 * 6, 1 * 6]]
 
 
-# Framing: the margin is 12 mm, the least extent 180 x 200 x 300 mm
+# Framing: the margin is 12 mm, the least extent 150 x 170 x 250 mm
 
 
 def test_large_organs_get_the_margin_alone() -> None:
@@ -80,18 +80,18 @@ def test_large_organs_get_the_margin_alone() -> None:
 
 def test_small_organs_get_the_least_extent_around_them() -> None:
     box = framed((150, 150, 150), (250, 250, 250), (400, 400, 400))
-    assert box == Box((110, 100, 50), (290, 300, 350))
+    assert box == Box((125, 115, 75), (275, 285, 325))
 
 
 def test_growth_cut_off_at_one_end_goes_to_the_other() -> None:
-    # 100 mm of organs and 24 of margin lack 56, 76 and 176 mm; ends at 30 and 370 leave 18 mm beyond the margin.
-    box = framed((30, 270, 150), (130, 370, 250), (400, 400, 400))
-    assert box == Box((0, 200, 50), (180, 400, 350))
+    # 100 mm of organs and 24 of margin lack 26, 46 and 126 mm; ends at 20 and 370 leave 8 and 18 mm beyond the margin.
+    box = framed((20, 270, 150), (120, 370, 250), (400, 400, 400))
+    assert box == Box((0, 230, 75), (150, 400, 325))
 
 
 def test_a_margin_cut_off_is_made_up_for_too() -> None:
     box = framed((0, 300, 10), (100, 400, 110), (400, 400, 400))
-    assert box == Box((0, 200, 0), (180, 400, 300))
+    assert box == Box((0, 230, 0), (150, 400, 250))
 
 
 def test_a_volume_smaller_than_the_least_extent_is_taken_whole() -> None:

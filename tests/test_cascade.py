@@ -195,10 +195,10 @@ def test_the_networks_see_the_window_upright(make_cascade: CascadeMaker) -> None
         for axis in range(3):
             # But for rounding.
             assert (np.diff(x, axis=axis) > -1e-6).all()
-    # 100 to 220, 120 to 280 and 140 to 340 mm; with 12 mm on both sides grown to 180, 200 and 300 mm.
+    # 100 to 220, 120 to 280 and 140 to 340 mm; with 12 mm on both sides, grown to 150 and 250 mm along z and x.
     assert found.roi.fallback is None
-    assert found.roi.box.start == pytest.approx(np.array([70, 100, 90]) / 8)
-    assert found.roi.box.stop == pytest.approx(np.array([250, 300, 390]) / 8)
+    assert found.roi.box.start == pytest.approx(np.array([85, 108, 115]) / 8)
+    assert found.roi.box.stop == pytest.approx(np.array([235, 292, 365]) / 8)
     upright = hu.transpose(2, 1, 0)
     assert seen["roi"] == pytest.approx(
         to_network(resize(upright, Box.whole(upright.shape), (48, 48, 48), to_unit)), abs=1e-5
@@ -216,7 +216,7 @@ def test_nothing_is_labelled_outside_the_box(make_cascade: CascadeMaker) -> None
     labels = codes_of(make_cascade(roi, threshold).segment(image))
     # The box of the test above, once 25 mm wider; voxels whose centres lie inside.
     x, y, z = ((np.arange(60) + 0.5) * 8,) * 3
-    inside = ((x >= 65) & (x < 415))[:, None, None] & ((y >= 75) & (y < 325))[:, None] & ((z >= 45) & (z < 275))
+    inside = ((x >= 90) & (x < 390))[:, None, None] & ((y >= 83) & (y < 317))[:, None] & ((z >= 60) & (z < 260))
     assert np.array_equal(labels == 1, inside)
 
 

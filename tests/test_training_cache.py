@@ -119,11 +119,11 @@ def test_only_the_surroundings_of_the_organs_are_kept_for_the_organ_net(tmp_path
     codes = np.zeros(shape, np.uint8)
     codes[48:52, 48:52, 58:62] = 2
     organs, roi = cache_case(write_case(tmp_path, np.zeros(shape, np.int16), codes, spacing))
-    # 20 mm of organ and 20 mm of margin on both sides grow to 180 x 200 x 300 mm; 60 mm are kept around that.
-    assert organs.image.shape == (60, 64, 84)
-    assert organs.origin_mm.tolist() == [100, 90, 90]
+    # 20 mm of organ and 12 mm of margin on both sides grow to 150 x 170 x 250 mm; 60 mm are kept around that.
+    assert organs.image.shape == (54, 58, 74)
+    assert organs.origin_mm.tolist() == [115, 105, 115]
     assert organs.scan_mm.tolist() == [500, 500, 600]
-    assert np.argwhere(organs.labels == 2).min(axis=0).tolist() == [28, 30, 40]
+    assert np.argwhere(organs.labels == 2).min(axis=0).tolist() == [25, 27, 35]
     assert roi.image.shape == shape
     assert roi.origin_mm.tolist() == [0, 0, 0]
 

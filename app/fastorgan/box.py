@@ -18,7 +18,7 @@ MARGIN_MM = (12.0, 12.0, 12.0)
 The less, the finer the organ net's samples; the ROI net's foreground falls short of the organs by up to 9 mm.
 """
 
-LEAST_MM = (180.0, 200.0, 300.0)
+LEAST_MM = (150.0, 170.0, 250.0)
 """A box grows to this extent (z, y, x) where the volume allows, so that the organ net meets organs at a like scale."""
 
 
