@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from fastorgan.box import Box
@@ -83,3 +84,35 @@ def test_padding_is_never_labelled() -> None:
     volume = Volume(upright, (2.5, 2.0, 2.0), 1.0, 0.0, grid)
     labels = restore_labels({3: np.ones((4, 4, 4), np.float32)}, Box.whole(volume.shape), volume)
     assert np.array_equal(labels.transpose(2, 1, 0) == 3, array == 40)
+
+
+def test_deep_in_the_patient_less_is_blurred_than_linearly() -> None:
+    affine = turned(20)
+    shape = (24, 40, 40)
+
+    def waves(mm: NDArray[np.float64]) -> NDArray[np.float64]:
+        # Twelve millimetres long.
+        return 100 * np.sin(np.pi / 6 * mm).sum(axis=-1)
+
+    places = np.moveaxis(np.indices(shape), 0, -1) @ affine[:3, :3].T + affine[:3, 3]
+    array = waves(places).astype(np.float32)
+    upright, forth, _ = set_upright(array, affine, (1.0, 0.0), "test")
+    back = np.linalg.inv(forth)
+    there = np.moveaxis(np.indices(upright.shape), 0, -1) @ back[:3, :3].T + back[:3, 3]
+    deep = ((there > 4) & (there < np.array(shape) - 5)).all(axis=-1)
+    assert deep.sum() > 1000
+    expected = waves(there[deep] @ affine[:3, :3].T + affine[:3, 3])
+    linear = ndimage.map_coordinates(array, there[deep].T, order=1)
+    off = np.sqrt(np.mean((np.asarray(upright)[deep] - expected) ** 2))
+    assert off < 0.25 * np.sqrt(np.mean((linear - expected) ** 2))
+
+
+def test_infinite_and_absurd_numbers_stay_where_they_are() -> None:
+    affine = turned(20)
+    array = np.full((24, 40, 40), 40.0, np.float32)
+    array[12, 20, 20] = 3e38
+    upright, forth, _ = set_upright(array, affine, (1.0, 0.0), "test")
+    place = forth[:3, :3] @ (12, 20, 20) + forth[:3, 3]
+    far = np.abs(np.moveaxis(np.indices(upright.shape), 0, -1) - place).max(axis=-1) > 8
+    dense = np.asarray(upright) > -1000
+    assert np.abs(np.asarray(upright)[far & dense] - 40).max() < 5
