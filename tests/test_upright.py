@@ -92,7 +92,8 @@ def test_deep_in_the_patient_less_is_blurred_than_linearly() -> None:
 
     def waves(mm: NDArray[np.float64]) -> NDArray[np.float64]:
         # Twelve millimetres long.
-        return 100 * np.sin(np.pi / 6 * mm).sum(axis=-1)
+        result: NDArray[np.float64] = 100 * np.sin(np.pi / 6 * mm).sum(axis=-1)
+        return result
 
     places = np.moveaxis(np.indices(shape), 0, -1) @ affine[:3, :3].T + affine[:3, 3]
     array = waves(places).astype(np.float32)

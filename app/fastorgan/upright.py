@@ -107,8 +107,11 @@ def set_upright(
     array = np.where(dense, array, np.asarray(air, array.dtype))
     deep = ndimage.binary_erosion(dense, iterations=DEEP)
     bounds = min(air, most), max(air, most)
-    calm = np.clip(np.where(dense, array, np.float32(water)), *bounds)
-    splines = ndimage.spline_filter(calm, output=np.float32)
+    calm = np.full(array.shape, water, np.float32)
+    # Numbers that float32 cannot hold become infinite; here they are clipped at once, in the result later.
+    with np.errstate(over="ignore"):
+        np.copyto(calm, array, where=dense, casting="unsafe")
+    splines = ndimage.spline_filter(np.clip(calm, *bounds, out=calm), output=np.float32)
     del calm
     last = np.asarray(array.shape, float) - 1.0
     result = np.full(size, air, kind)
@@ -126,7 +129,6 @@ def set_upright(
         places = [offset[axis] + back[axis, 1] * y + back[axis, 2] * x for axis in range(3)]
         for axis, at in enumerate(places):
             shown &= (at >= -1.0) & (at <= last[axis] + 1.0)
-        # Numbers that float32 cannot hold become infinite, and are clipped to the window later.
         with np.errstate(over="ignore"):
             values = air + (mean[shown] - air) / weight[shown]
         inner = shown & (depth > 0.999)
