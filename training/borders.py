@@ -25,6 +25,11 @@ REACH_MM = MOST * UNIT_MM
 """What is farther from a border counts as this far."""
 
 
+def nn_sample(array: Tensor, grid: Tensor, mode: str, padding: str) -> Tensor:
+    """`grid_sample` with voxel edges at -1 and 1."""
+    return torch.nn.functional.grid_sample(array, grid, mode=mode, padding_mode=padding, align_corners=False)
+
+
 @dataclass(frozen=True)
 class Borders:
     """The borders of a scan's organs, on the device of its labels.
@@ -60,14 +65,9 @@ class Borders:
         Returns:
             A new tensor like `codes`. What is no longer of an organ is background.
         """
-        near = torch.nn.functional.grid_sample(
-            self.near[None, None].float(), grid, "nearest", "border", align_corners=False
-        )[:, 0].bool()
+        near = nn_sample(self.near[None, None].float(), grid, "nearest", "border")[:, 0].bool()
         places = grid[near][None, None, None]
-        found = torch.nn.functional.grid_sample(
-            self.distances[None].float(), places, "bilinear", "border", align_corners=False
-        )[0, :, 0, 0]
-        least, organ = found.min(0)
+        least, organ = nn_sample(self.distances[None].float(), places, "bilinear", "border")[0, :, 0, 0].min(0)
         old = codes[near]
         new = torch.where(least <= 0, organ + 1, torch.where(old < CLASSES, 0, old))
         result = codes.clone()

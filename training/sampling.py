@@ -19,7 +19,7 @@ from fastorgan.intensity import LEVELS, WINDOW_HU, to_network
 from fastorgan.labels import CLASSES, IGNORE
 from fastorgan.resample import axis_weights
 
-from .borders import Borders
+from .borders import Borders, nn_sample
 from .bowel import fill, gas_pockets
 from .cache import CachedVolume
 from .recipes import Augmentation
@@ -411,11 +411,6 @@ def smooth_enlarge(field: Tensor, size: tuple[int, int, int]) -> Tensor:
     field = torch.nn.functional.interpolate(field, size=middle, mode="trilinear", align_corners=True)
     field = torch.nn.functional.avg_pool3d(field, 3, 1, 1, count_include_pad=False)
     return torch.nn.functional.interpolate(field, size=size, mode="trilinear", align_corners=True)
-
-
-def nn_sample(array: Tensor, grid: Tensor, mode: str, padding: str) -> Tensor:
-    """`grid_sample` with voxel edges at -1 and 1."""
-    return torch.nn.functional.grid_sample(array, grid, mode=mode, padding_mode=padding, align_corners=False)
 
 
 def codes_at(labels: Tensor, grid: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ from torch.nn import functional
 from fastorgan.box import extent_mm
 from fastorgan.labels import CLASSES, ORGANS
 
+from .borders import nn_sample
 from .cache import FINEST_MM, SURROUND_MM, CachedVolume, load_cache, upright_codes
 from .cases import DataError
-from .sampling import Scan, nn_sample
+from .sampling import Scan
 
 Vector = NDArray[np.float64]
 Codes = NDArray[np.uint8]
