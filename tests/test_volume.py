@@ -366,7 +366,7 @@ def test_an_upright_grid_shows_the_patient_at_the_same_place(
     # Where each voxel lies in mm, and stored values that are linear in it, so that resampling is exact but for
     # rounding.
     places = np.moveaxis(np.indices(file_shape), 0, -1) @ affine[:3, :3].T + affine[:3, 3]
-    values = np.rint(places @ (24, 16, 8) + 4000).astype(dtype)
+    values = np.rint(places @ (12, 8, 4) + 1000).astype(dtype)
     volume = read_volume(image_of(values, affine), "test")
     upright = volume.grid.upright
     assert upright is not None
@@ -391,7 +391,7 @@ def test_an_upright_grid_shows_the_patient_at_the_same_place(
     assert inside.sum() > 0.4 * values.size
     # Stored values are rounded by half a unit, and the result again. Deep inside cubic splines make up to 1.549 times
     # as much of the first along each axis, the norm of interpolation by them.
-    off = np.abs(volume.array - (24 * x + 16 * y + 8 * z + 4000))
+    off = np.abs(volume.array - (12 * x + 8 * y + 4 * z + 1000))
     deep = ((there > DEEP - 0.01) & (there < last - DEEP + 0.01)).all(axis=-1)
     assert off[inside & ~deep].max() <= 1.01
     assert off[inside].max() <= 0.5 * 1.549**3 + 0.51

@@ -3,7 +3,7 @@
 Many such grids were made by turning a scan, and padded with air where the scan ends. Air that mixes with the patient
 there would make the scan fade out over a slice or two, in which organs are not recognised. So it does not: a sample is
 the mean of the denser voxels around it alone, up to most of a voxel beyond the last of them, and labels go only to
-voxels that are denser than air. Deeper in the patient cubic splines are taken, which blur less.
+voxels that are denser than air. Deeper in the patient, and away from metal, cubic splines are taken, which blur less.
 """
 
 import math
@@ -23,11 +23,11 @@ AIR_HU = -1024.0
 DENSE_HU = -1000.0
 """What is denser belongs to the patient, or to the couch, or is noise in the air; padding is not."""
 
-WATER_HU, MOST_HU = 0.0, 32767.0
-"""What cubic splines take air for, from whose step they would ring, and the most that they take anything for."""
+WATER_HU, METAL_HU = 0.0, 2000.0
+"""What cubic splines take air for, from whose step they would ring, and the most that they take metal for."""
 
 DEEP = 3
-"""Voxels from air where a patient's depth begins, in which splines are taken."""
+"""Voxels from air and metal where a patient's depth begins, in which splines are taken."""
 
 LEAST_DENSE = 0.25
 """Weight of dense voxels from which a sample is dense: it ends three quarters of a voxel beyond the last of them."""
@@ -62,7 +62,7 @@ def set_upright(
 ) -> tuple[NDArray[np.generic], Affine, NDArray[np.bool_]]:
     """Resample an oblique grid onto one along the patient's axes, at the same spacing.
 
-    By cubic splines, but linearly where air is near.
+    By cubic splines, but linearly where air or metal is near.
 
     Args:
         array: stored values (z, y, x).
@@ -81,11 +81,11 @@ def set_upright(
 
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     slope, intercept = rescale
-    air, least, water, most = ((hu - intercept) / slope for hu in (AIR_HU, DENSE_HU, WATER_HU, MOST_HU))
+    air, least, water, metal = ((hu - intercept) / slope for hu in (AIR_HU, DENSE_HU, WATER_HU, METAL_HU))
     kind: np.dtype[Any] = array.dtype
     if kind.kind in "iu":
         limits = np.iinfo(str(kind))
-        air, most = (round(min(max(value, limits.min), limits.max)) for value in (air, most))
+        air, metal = (round(min(max(value, limits.min), limits.max)) for value in (air, metal))
     else:
         kind = np.dtype(np.float32)
     # The array without padding, the same within bounds and its splines, what is dense and what is deep.
@@ -105,8 +105,10 @@ def set_upright(
     upright = np.linalg.inv(place) @ turned
     back = np.linalg.inv(upright)
     array = np.where(dense, array, np.asarray(air, array.dtype))
-    deep = ndimage.binary_erosion(dense, iterations=DEEP)
-    bounds = min(air, most), max(air, most)
+    soft = numbers < metal if slope > 0 else numbers > metal
+    deep = ndimage.binary_erosion(np.logical_and(soft, dense, out=soft), iterations=DEEP)
+    del soft
+    bounds = min(air, metal), max(air, metal)
     calm = np.full(array.shape, water, np.float32)
     # Numbers that float32 cannot hold become infinite; here they are clipped at once, in the result later.
     with np.errstate(over="ignore"):
