@@ -138,14 +138,19 @@ class HalfPrecisionCard(StandInCard):
     Each layer adds up in single precision, as cuDNN does.
     """
 
-    rounded = 0
+    rounded = changed = 0
 
     def take_network(self, network: Any) -> None:
         network.half()
         for layer in network.modules():
             if not list(layer.children()):
-                layer.register_forward_hook(lambda _, __, result: result.half().float())
+                layer.register_forward_hook(self._round)
                 self.rounded += 1
+
+    def _round(self, _layer: Any, _inputs: Any, result: Any) -> Any:
+        rounded = result.half().float()
+        self.changed += bool((rounded != result).any())
+        return rounded
 
     def take_input(self, values: Any) -> Any:
         return values.half().float()
@@ -160,7 +165,8 @@ def test_half_precision_agrees_with_single(
     assert cascade.engine.precision == "f16"
     assert card.rounded > 50
     labels = find(cascade, image)
-    assert not np.array_equal(labels, whole), "nothing was rounded"
+    # Labels themselves may well come out alike.
+    assert card.changed > 50, "nothing was rounded"
     found = agreement(labels, whole)
     print(found)
     assert min(found.values()) >= LEAST_DSC
