@@ -105,9 +105,7 @@ def set_upright(
     upright = np.linalg.inv(place) @ turned
     back = np.linalg.inv(upright)
     array = np.where(dense, array, np.asarray(air, array.dtype))
-    soft = numbers < metal if slope > 0 else numbers > metal
-    deep = ndimage.binary_erosion(np.logical_and(soft, dense, out=soft), iterations=DEEP)
-    del soft
+    deep = ndimage.binary_erosion(dense & (numbers < metal if slope > 0 else numbers > metal), iterations=DEEP)
     bounds = min(air, metal), max(air, metal)
     calm = np.full(array.shape, water, np.float32)
     # Numbers that float32 cannot hold become infinite; here they are clipped at once, in the result later.
